@@ -1,0 +1,99 @@
+"""Noticing that a client has left, while its request waits for LM Studio.
+
+Nobody reads or writes the client's socket during that time, so the event loop watches it: when it
+becomes readable and what there is to read is the end, the client has gone. A client that closes
+only its sending half (``shutdown(SHUT_WR)``) looks the same on the wire; like nginx, Go's net/http
+and most HTTP/1.1 servers the gateway takes it for gone.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+import gevent.monkey
+
+_PlainSocket = gevent.monkey.get_original("socket", "socket")
+_READ = 1
+
+#: Seconds between two looks at a client that has sent more than its request (pipelining): the data
+#: in front hides the end from MSG_PEEK, but not from the TCP state.
+PIPELINED_INTERVAL = 0.25
+_CLOSE_WAIT = 8
+
+
+class ClientWatch:
+    """Calls ``on_gone`` once, from the event loop, when the client has left."""
+
+    def __init__(self, client: Any, on_gone: Callable[[], None]) -> None:
+        self.gone = False
+        self._on_gone = on_gone
+        self._client = client
+        loop = gevent.get_hub().loop
+        self._watcher = loop.io(client.fileno(), _READ)
+        self._timer: Any = None
+        self._watcher.start(self._readable)
+
+    def stop(self) -> None:
+        """Stop watching. Idempotent."""
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
+    def _readable(self) -> None:
+        """In the event loop: must not block."""
+        waiting = _peek(self._client)
+        if waiting is None:
+            return
+        if waiting:
+            self._watcher.close()
+            self._watcher = None
+            loop = gevent.get_hub().loop
+            self._timer = loop.timer(PIPELINED_INTERVAL, repeat=PIPELINED_INTERVAL)
+            self._timer.start(self._look_behind)
+            return
+        self._left()
+
+    def _look_behind(self) -> None:
+        if _has_closed(self._client):
+            self._left()
+
+    def _left(self) -> None:
+        self.stop()
+        self.gone = True
+        self._on_gone()
+
+
+def watch(environ: dict[str, Any], on_gone: Callable[[], None]) -> ClientWatch | None:
+    """Watch the client of a request; None where the WSGI server does not tell its socket."""
+    client = environ.get("gunicorn.socket") or environ.get("gunicorn.sock")
+    return None if client is None else ClientWatch(client, on_gone)
+
+
+def _peek(client: Any) -> bytes | None:
+    """One waiting byte, ``b""`` at the end, None when there is nothing after all."""
+    plain = _PlainSocket(socket.AF_INET, socket.SOCK_STREAM, 0, client.fileno())
+    try:
+        return bytes(plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+    finally:
+        plain.detach()
+
+
+def _has_closed(client: Any) -> bool:
+    """Whether the peer's FIN has come behind data that nobody has read yet (Linux only)."""
+    if client.family == socket.AF_UNIX or not hasattr(socket, "TCP_INFO"):
+        return False
+    try:
+        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    except OSError:
+        return True
+    return bool(info[0] == _CLOSE_WAIT or info[0] == 7)

@@ -1,0 +1,51 @@
+"""``lmstudio-gateway check``: whether the gateway could serve with these settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flask import Flask
+
+from gateway.errors import GatewayError
+from gateway.lmstudio_link import Link
+from gateway.settings import Settings
+from gateway.store import open_store
+from gateway.upstream import Upstream
+
+
+def run(settings: Settings) -> int:
+    """Check one part after the other, a line for each; 0 when all is well, else 1."""
+    parts: list[tuple[str, Callable[[], str]]] = [
+        ("settings", lambda: "valid"),
+        ("state", lambda: _state(settings)),
+        ("LM Studio HTTP", lambda: _http(settings)),
+        ("LM Studio SDK", lambda: _sdk(settings)),
+    ]
+    failed = False
+    for name, probe in parts:
+        try:
+            print(f"ok    {name}: {probe()}")
+        except GatewayError as error:
+            failed = True
+            print(f"FAIL  {name}: {error.message}")
+    return 1 if failed else 0
+
+
+def _state(settings: Settings) -> str:
+    instance = Flask("gateway", static_folder=None).instance_path
+    open_store(settings.state_url, instance).close()
+    return "opened" if settings.state_url else f"opened in {Path(instance)}"
+
+
+def _http(settings: Settings) -> str:
+    Upstream(settings).greet(5)
+    return settings.lmstudio_base_url
+
+
+def _sdk(settings: Settings) -> str:
+    link = Link(settings)
+    link.connect()
+    count = len(link.downloaded())
+    link.close()
+    return f"connected, {count} models downloaded"

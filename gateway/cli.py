@@ -1,0 +1,59 @@
+"""The command ``lmstudio-gateway``."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from gateway import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lmstudio-gateway")
+def main() -> None:
+    """A gateway in front of LM Studio."""
+
+
+@main.command()
+def serve() -> None:
+    """Serve, as the settings in the environment and .env say."""
+    from gateway import server
+
+    server.serve(server.settings_or_exit())
+
+
+@main.command()
+def check() -> None:
+    """Validate the settings and the connection to LM Studio; exit status 0 or 1."""
+    from gevent import monkey
+
+    monkey.patch_all()
+    from gateway import checks, server
+
+    sys.exit(checks.run(server.settings_or_exit()))
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=1234, show_default=True, help="0 takes a free one.")
+@click.option("--token", default="", help="Require this API token (sk-lm-…).")
+@click.option("--pace-ms", default=20, show_default=True, help="Milliseconds between two tokens.")
+def simulate(host: str, port: int, token: str, pace_ms: int) -> None:
+    """Run the LM Studio simulator: a stand-in for trying and testing, not a model."""
+    from gateway.simulator.__main__ import run
+
+    run(host, port, token or None, pace_ms, None, None)
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="End after the tour instead of running until Ctrl-C.")
+def demo(once: bool) -> None:
+    """Show the gateway at work in front of the simulator: list, load, chat."""
+    from gateway import demo as tour
+
+    sys.exit(tour.run(once=once))
+
+
+if __name__ == "__main__":
+    main()

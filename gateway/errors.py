@@ -1,0 +1,189 @@
+"""The gateway's errors and how each dialect writes them.
+
+A :class:`GatewayError` is raised anywhere below the HTTP surface; :func:`render` turns it into a
+response body in the dialect of the request's path: ``admin`` (flat), ``openai`` or ``anthropic``.
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+Headers = list[tuple[str, str]]
+
+#: Paths that are served as ``/v1`` + path (contract §4).
+SHORTHAND = frozenset(
+    {
+        "/chat/completions",
+        "/completions",
+        "/models",
+        "/embeddings",
+        "/responses",
+        "/messages",
+        "/images/generations",
+        "/audio/transcriptions",
+        "/audio/translations",
+    }
+)
+
+
+class GatewayError(Exception):
+    """The root of the errors that a client sees.
+
+    ``status`` is the HTTP status, ``code`` OpenAI's machine-readable ``error.code``, ``param`` the
+    offending member, ``details`` the admin dialect's list of ``{"path": [...], "message": ...}``.
+    """
+
+    status = 500
+    code = "internal_error"
+    #: Response headers that belong to this kind of error.
+    headers: Headers = []
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        details: list[dict[str, Any]] | None = None,
+        headers: Headers | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = details
+        if status is not None:
+            self.status = status
+        if code is not None:
+            self.code = code
+        if headers is not None:
+            self.headers = headers
+
+
+class BadRequest(GatewayError):
+    status, code = 400, "invalid_request"
+
+
+class Unauthorized(GatewayError):
+    status, code = 401, "invalid_api_key"
+    headers = [("WWW-Authenticate", "Bearer")]
+
+
+class Forbidden(GatewayError):
+    status, code = 403, "forbidden"
+
+
+class NotFound(GatewayError):
+    status, code = 404, "not_found"
+
+
+class Conflict(GatewayError):
+    status, code = 409, "conflict"
+    #: The OpenAI SDKs retry a 409; ours never goes away by itself.
+    headers = [("x-should-retry", "false")]
+
+
+class BodyTooLarge(GatewayError):
+    status, code = 413, "body_too_large"
+
+
+class BadGateway(GatewayError):
+    status, code = 502, "bad_gateway"
+
+
+class Unreachable(GatewayError):
+    status, code = 503, "lmstudio_unreachable"
+    headers = [("Retry-After", "5")]
+
+
+class UpstreamTimeout(GatewayError):
+    status, code = 504, "upstream_timeout"
+
+
+def dialect(path: str) -> str:
+    """The error dialect of a request path (shorthand paths speak like their ``/v1`` twins)."""
+    if path in ("/v1/messages", "/messages") or path.startswith("/v1/messages/"):
+        return "anthropic"
+    if path.startswith(("/v1/", "/api/", "/models/")) or path in ("/v1", "/api"):
+        return "openai"
+    return "openai" if path in SHORTHAND else "admin"
+
+
+def body(error: GatewayError, spoken: str, request_id: str) -> bytes:
+    """The JSON body of an error in a dialect."""
+    return dumps(payload(error.message, error.status, error.code, spoken, request_id, error))
+
+
+def payload(
+    message: str,
+    status: int,
+    code: str | None,
+    spoken: str,
+    request_id: str = "",
+    error: GatewayError | None = None,
+) -> dict[str, Any]:
+    """The error object of a dialect, before serialisation."""
+    if spoken == "anthropic":
+        return {"type": "error", "error": {"type": _anthropic_type(status), "message": message}}
+    if spoken == "openai":
+        param = error.param if error else None
+        kind = _openai_type(status)
+        return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    flat: dict[str, Any] = {"error": message}
+    if error is not None and error.details:
+        flat["details"] = error.details
+    flat["requestId"] = request_id
+    return flat
+
+
+def response(
+    error: GatewayError, path: str, request_id: str, *, method: str = "GET"
+) -> tuple[str, Headers, bytes]:
+    """Status line, headers and body of an error, complete but for ``X-Request-Id``."""
+    content = body(error, dialect(path), request_id)
+    headers = [
+        ("Content-Type", "application/json"),
+        ("Content-Length", str(len(content))),
+        *error.headers,
+    ]
+    return status_line(error.status), headers, b"" if method == "HEAD" else content
+
+
+def status_line(status: int) -> str:
+    """``404`` → ``404 Not Found``; a status that HTTP does not name keeps its number."""
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return f"{status} Unknown"
+
+
+def dumps(value: Any) -> bytes:
+    """Compact UTF-8 JSON, as all bodies and events of the gateway are written."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # a lone surrogate that a client sent as an escape can't be UTF-8: keep it an escape
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _openai_type(status: int) -> str:
+    if status == 401:
+        return "authentication_error"
+    if status == 403:
+        return "permission_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def _anthropic_type(status: int) -> str:
+    named = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }
+    return named.get(status, "api_error" if status >= 500 else "invalid_request_error")

@@ -1,0 +1,182 @@
+"""HTTP/1.1 answers as they come off a socket: head parsing and body framing (RFC 9112).
+
+Incremental and strict: bytes go in as they arrive, payload comes out at once, whatever a server
+should not send raises :class:`Malformed`. Reading the relay's side of HTTP here, one item per
+arrival, is what keeps streams as prompt as the wire (see README.rst, Speed).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MAX_HEAD_BYTES = 256 * 1024
+MAX_CHUNK_LINE_BYTES = 4096
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
+
+
+class Malformed(Exception):
+    """The peer does not speak HTTP/1.1 properly."""
+
+
+@dataclass
+class Head:
+    """Status and headers of an answer, names as they came."""
+
+    status: int
+    reason: str
+    headers: list[tuple[str, str]]
+    http10: bool
+
+    def get(self, name: str) -> str | None:
+        """The values of a header joined with commas, or None."""
+        found = [value for header, value in self.headers if header.lower() == name]
+        return ", ".join(found) if found else None
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the connection may carry another exchange."""
+        connection = (self.get("connection") or "").lower()
+        return "keep-alive" in connection if self.http10 else "close" not in connection
+
+
+def parse_head(block: bytes) -> Head:
+    """Parse a head, given without its empty line."""
+    first, *lines = block.replace(b"\r\n", b"\n").split(b"\n")
+    match = _STATUS_LINE.fullmatch(first)
+    if match is None:
+        raise Malformed("bad status line")
+    headers = []
+    for line in lines:
+        header = _HEADER_LINE.fullmatch(line)
+        if header is None:
+            raise Malformed("bad header line")
+        headers.append((header[1].decode("ascii"), header[2].decode("latin-1")))
+    reason = (match[3] or b"").decode("latin-1").strip()
+    return Head(int(match[2]), reason, headers, http10=match[1] == b"0")
+
+
+class Body:
+    """The framing of one body. ``feed`` gives the payload bytes of an arrival, perhaps none."""
+
+    #: Whether the last payload byte has come out.
+    done = False
+    #: Whether bytes came behind the end: they are dropped, and the connection can't be used again.
+    excess = False
+
+    def feed(self, data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """The peer closed the connection; raises Malformed unless that ends this body."""
+        if not self.done:
+            raise Malformed("the connection closed in the middle of the body")
+
+
+class NoBody(Body):
+    done = True
+
+    def feed(self, data: bytes) -> bytes:
+        self.excess = True
+        return b""
+
+
+class UntilClose(Body):
+    """A body without a length ends with the connection."""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def end(self) -> None:
+        self.done = True
+
+
+class Counted(Body):
+    """A body with a Content-Length."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.done = length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        if len(data) > self._left:
+            self.excess = True
+            data = data[: self._left]
+        self._left -= len(data)
+        self.done = self._left == 0
+        return data
+
+
+class Chunked(Body):
+    """``Transfer-Encoding: chunked``. Partial chunks are passed on, never collected."""
+
+    def __init__(self) -> None:
+        self._left = 0  # payload bytes missing from the current chunk
+        self._rest = b""  # the beginning of a line whose end has not come yet
+        self._after_data = False  # the next line is the empty one behind a chunk
+        self._in_trailer = False
+
+    def feed(self, data: bytes) -> bytes:
+        payload = []
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        position, end = 0, len(data)
+        while position < end:
+            if self._left:
+                piece = data[position : position + self._left]
+                payload.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                self._after_data = not self._left
+                continue
+            if self.done:
+                self.excess = True
+                break
+            newline = data.find(b"\n", position)
+            if newline < 0:
+                self._keep(data[position:])
+                break
+            self._line(data[position:newline].removesuffix(b"\r"))
+            position = newline + 1
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _keep(self, rest: bytes) -> None:
+        if len(rest) > MAX_CHUNK_LINE_BYTES:
+            raise Malformed("bad chunk line")
+        self._rest = rest
+
+    def _line(self, line: bytes) -> None:
+        if self._after_data:
+            if line:
+                raise Malformed("bad end of a chunk")
+            self._after_data = False
+        elif self._in_trailer:
+            # trailers are hop-by-hop here: nobody asked for them
+            self.done = not line
+        else:
+            size = _CHUNK_SIZE.fullmatch(line)
+            if size is None:
+                raise Malformed("bad chunk size")
+            self._left = int(size[1], 16)
+            self._in_trailer = self._left == 0
+
+
+def body_of(head: Head, method: str) -> Body:
+    """The framing of an answer's body (RFC 9112 §6.3)."""
+    if method == "HEAD" or head.status in (204, 304):
+        return NoBody()
+    encoding = head.get("transfer-encoding")
+    if encoding is not None:
+        if encoding.strip().lower() != "chunked":
+            raise Malformed("unknown transfer coding")
+        return Chunked()
+    lengths = {value for name, value in head.headers if name.lower() == "content-length"}
+    if not lengths:
+        return UntilClose()
+    length = lengths.pop()
+    if lengths or not re.fullmatch(r"[0-9]{1,18}", length):
+        raise Malformed("bad Content-Length")
+    return Counted(int(length))

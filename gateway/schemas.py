@@ -1,0 +1,173 @@
+"""The admin bodies, checked with marshmallow; an unknown field names its nearest spelling."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from marshmallow import INCLUDE, Schema, ValidationError, fields, validate, validates_schema
+
+from gateway.errors import BadRequest
+
+CACHE_TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+
+
+class _Number(fields.Float):
+    """A JSON number: not a string that looks like one, not a boolean, not NaN."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.make_error("invalid")
+        super()._deserialize(value, attr, data, **kwargs)
+        return value  # as it came: 1 stays 1, it isn't made 1.0
+
+
+class _WholeNumber(_Number):
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, int):
+            raise ValidationError("Not a whole number.")
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+class _Flag(fields.Field[bool]):
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValidationError("Not true or false.")
+        return value
+
+
+class _Ratio(fields.Field[Any]):
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        if value in ("max", "off") and isinstance(value, str):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValidationError('Must be a number from 0 to 1, "max" or "off".')
+        return value
+
+
+class _CacheType(fields.Field[Any]):
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        if value is False or (isinstance(value, str) and value in CACHE_TYPES):
+            return value
+        raise ValidationError(f"Must be one of {', '.join(CACHE_TYPES)}, or false.")
+
+
+class _Strict(Schema):
+    """A schema whose error for an unknown field suggests the nearest known one."""
+
+    class Meta:
+        unknown = INCLUDE
+
+    @validates_schema(pass_original=True, skip_on_field_errors=False)
+    def _refuse_unknown(self, data: Any, original: Any, **kwargs: Any) -> None:
+        if not isinstance(original, dict):
+            return
+        known = list(self.fields)
+        problems = {name: [_unknown(name, known)] for name in original if name not in self.fields}
+        if problems:
+            raise ValidationError(problems)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    lowered = {field.lower(): field for field in known}
+    # "context_length" is nearer to "contextLength" than an edit distance says
+    plain = name.replace("_", "").replace("-", "").lower()
+    near = difflib.get_close_matches(plain, list(lowered), n=1, cutoff=0.5)
+    hint = f" Did you mean {lowered[near[0]]!r}?" if near else f" Known: {', '.join(known)}."
+    return f"Unknown field {name!r}.{hint}"
+
+
+def _whole(low: int, high: int | None = None, **kwargs: Any) -> _WholeNumber:
+    return _WholeNumber(validate=validate.Range(min=low, max=high), **kwargs)
+
+
+def _text(**kwargs: Any) -> fields.String:
+    return fields.String(validate=validate.Length(min=1, max=512), **kwargs)
+
+
+class GpuSchema(_Strict):
+    ratio = _Ratio()
+    layers = _whole(0, 10_000)
+    mainGpu = _whole(0, 1024)
+    splitStrategy = fields.String(validate=validate.OneOf(["evenly", "favorMainGpu"]))
+    disabledGpus = fields.List(_whole(0, 1024))
+
+
+class LoadConfigSchema(_Strict):
+    contextLength = _whole(1, 2**31 - 1)
+    gpu = fields.Nested(GpuSchema)
+    cpuThreads = _whole(1, 4096)
+    ropeFrequencyBase = _Number(validate=validate.Range(min=0))
+    ropeFrequencyScale = _Number(validate=validate.Range(min=0))
+    evalBatchSize = _whole(1, 2**31 - 1)
+    flashAttention = _Flag()
+    keepModelInMemory = _Flag()
+    tryMmap = _Flag()
+    useFp16ForKVCache = _Flag()
+    llamaKCacheQuantizationType = _CacheType()
+    llamaVCacheQuantizationType = _CacheType()
+    offloadKVCacheToGpu = _Flag()
+    numExperts = _whole(0, 65_536)
+    seed = _whole(-(2**31), 2**32 - 1)
+    gpuStrictVramCap = _Flag()
+    numParallelSessions = _whole(1, 1024)
+    useUnifiedKvCache = _Flag()
+    numCpuExpertLayersRatio = _Ratio()
+
+
+class DefaultInferenceSchema(_Strict):
+    temperature = _Number(validate=validate.Range(min=0, max=2))
+    maxTokens = _whole(1, 2**31 - 1)
+    topP = _Number(validate=validate.Range(min=0, max=1))
+    topK = _whole(0, 2**31 - 1)
+    repeatPenalty = _Number(validate=validate.Range(min=0, max=10))
+    stopStrings = fields.List(_text(), validate=validate.Length(max=64))
+    stream = _Flag()
+
+
+class LoadSchema(_Strict):
+    modelKey = _text(required=True)
+    instanceId = _text()
+    loadConfig = fields.Nested(LoadConfigSchema)
+    ttlSeconds = _whole(0, 10**9)
+    defaultInference = fields.Nested(DefaultInferenceSchema)
+    activate = _Flag()
+
+
+class UnloadSchema(_Strict):
+    modelKey = _text()
+    instanceId = _text()
+
+    @validates_schema
+    def _name_one(self, data: Any, **kwargs: Any) -> None:
+        if not data.get("modelKey") and not data.get("instanceId"):
+            raise ValidationError("Give modelKey or instanceId.", field_name="modelKey")
+
+
+class ActivateSchema(_Strict):
+    modelKey = _text(required=True)
+    instanceId = _text()
+    defaultInference = fields.Nested(DefaultInferenceSchema)
+
+
+class DeactivateSchema(_Strict):
+    """No fields: any is an error."""
+
+
+def parse(schema: Schema, body: Any) -> dict[str, Any]:
+    """The checked body, or BadRequest with one detail per problem (path and message)."""
+    try:
+        loaded: dict[str, Any] = schema.load(body)
+    except ValidationError as error:
+        details = _details(error.messages, [])
+        raise BadRequest("Validation failed", details=details) from None
+    return loaded
+
+
+def _details(messages: Any, path: list[Any]) -> list[dict[str, Any]]:
+    if isinstance(messages, dict):
+        found = []
+        for name, inner in messages.items():
+            found += _details(inner, path if name == "_schema" else [*path, name])
+        return found
+    return [{"path": path, "message": message} for message in messages]

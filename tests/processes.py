@@ -1,0 +1,167 @@
+"""The real parts that the end-to-end tests talk to: simulator and gateway, each its own process."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from gateway.settings import TABLE
+
+START_TIMEOUT = 30.0
+
+
+def eventually(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+    """Wait until ``condition`` returns something true and return it; fail at the deadline."""
+    deadline = time.monotonic() + timeout
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Simulator:
+    """``python -m gateway.simulator`` and its control paths."""
+
+    def __init__(self, port: int = 0, *arguments: str) -> None:
+        command = [sys.executable, "-m", "gateway.simulator", "--port", str(port), *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode().strip()
+        assert "listening on" in line, line
+        self.url = line.rpartition(" ")[2]
+        self.port = int(self.url.rpartition(":")[2])
+        self.http = _session()
+        # the control paths of a simulator with a test certificate
+        self.http.verify = False
+
+    def faults(self, **switches: Any) -> None:
+        self._control("POST", "faults", switches)
+
+    def reset(self) -> None:
+        self._control("POST", "reset", {})
+
+    def state(self) -> dict[str, Any]:
+        return self._control("GET", "state")
+
+    def requests(self, since: int = 0) -> list[dict[str, Any]]:
+        """The recorded requests, ``body`` and ``sent`` as bytes."""
+        found = self._control("GET", f"requests?since={since}")["requests"]
+        for entry in found:
+            entry["body"] = base64.b64decode(entry["body"] or "")
+            entry["sent"] = base64.b64decode(entry["sent"] or "")
+        return found
+
+    def last_request(self) -> dict[str, Any]:
+        return self.requests()[-1]
+
+    def stop(self) -> None:
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def _control(self, method: str, path: str, body: Any = None) -> Any:
+        answer = self.http.request(method, f"{self.url}/_simulator/{path}", json=body, timeout=10)
+        answer.raise_for_status()
+        return answer.json()
+
+
+class Gateway:
+    """``lmstudio-gateway serve`` with the given settings and no others."""
+
+    def __init__(self, folder: Path, lmstudio: str, **settings: Any) -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.unix = str(settings.get("GATEWAY_HOST", "")).removeprefix("unix:")
+        self.port = int(settings.pop("GATEWAY_PORT", None) or free_port())
+        self.url = f"http://127.0.0.1:{self.port}"
+        clean = {name: text for name, text in os.environ.items() if not _is_setting(name)}
+        given = {name: str(value) for name, value in settings.items() if value is not None}
+        self.environ = {
+            **clean,
+            "LMSTUDIO_BASE_URL": lmstudio,
+            "GATEWAY_PORT": str(self.port),
+            "STATE_URL": f"sqlite:///{folder}/state.db",
+            "WEB_CONCURRENCY": "2",
+            **given,
+        }
+        self.log = folder / "gateway.log"
+        self.http = _session()
+        self.start()
+
+    def start(self) -> None:
+        """Start, and wait until every worker serves."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gateway.cli", "serve"],
+                env=self.environ,
+                cwd=self.folder,
+                stderr=log,
+                start_new_session=True,
+            )
+        eventually(self._is_up, START_TIMEOUT)
+
+    def stop(self, sig: int = signal.SIGTERM) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(10)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return self.http.get(self.url + path, **{"timeout": 60, **options})
+
+    def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
+        return self.http.post(self.url + path, json=body, **{"timeout": 60, **options})
+
+    def logged(self) -> str:
+        return self.log.read_text()
+
+    def workers(self) -> list[int]:
+        """The worker processes' ids."""
+        listing = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in listing.split()]
+
+    def _is_up(self) -> bool:
+        assert self.process.poll() is None, self.logged()
+        ready = self.logged().count("Booting worker")
+        return ready >= int(self.environ["WEB_CONCURRENCY"]) and self._answers()
+
+    def _answers(self) -> bool:
+        family = socket.AF_UNIX if self.unix else socket.AF_INET
+        address: Any = self.unix or ("127.0.0.1", self.port)
+        with socket.socket(family) as probe:
+            return probe.connect_ex(address) == 0
+
+
+def _session() -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
+def _is_setting(name: str) -> bool:
+    return name in {setting.variable for setting in TABLE} | {"WEB_CONCURRENCY"}

@@ -1,0 +1,619 @@
+"""The simulator keeps its promises towards the real SDK and the real clients."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import anthropic
+import httpx
+import lmstudio
+import openai
+import pytest
+from lmstudio.json_api import LoadModelEndpoint
+
+TOKEN = "sk-lm-AbCdEf12:0123456789abcdefghij"
+LLM = "qwen2-1.5b-instruct"
+EMBEDDING = "text-embedding-nomic-embed-text-v1.5"
+SLOW_LLM = "llama-3.3-70b-instruct"
+TOOL_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+UPGRADE = (
+    b"GET /llm HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+
+
+class Running:
+    """A simulator in its own process, and the control paths as methods."""
+
+    def __init__(self, *options: str, verify: ssl.SSLContext | bool = True) -> None:
+        command = [sys.executable, "-m", "gateway.simulator", "--port", "0", *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        self.url = self.line.split()[-1]
+        self.host = self.url.partition("://")[2]
+        self.port = int(self.url.rpartition(":")[2])
+        self.http = httpx.Client(base_url=self.url, verify=verify, timeout=10, trust_env=False)
+
+    def stop(self) -> int:
+        self.http.close()
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.stdout is not None
+        with self.process.stdout:
+            return self.process.wait(10)
+
+    def state(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.http.get("/_simulator/state").json()
+        return answer
+
+    def faults(self, **switches: Any) -> None:
+        assert self.http.post("/_simulator/faults", json=switches).status_code == 200
+
+    def requests(self) -> list[dict[str, Any]]:
+        answer: list[dict[str, Any]] = self.http.get("/_simulator/requests").json()["requests"]
+        return answer
+
+    def ask(self, text: str = "count to 5", stream: bool = False, **headers: str) -> httpx.Response:
+        """Ask for a chat completion; ``fault="gzip"`` is the header ``X-Simulator-Fault: gzip``."""
+        knobs = {f"X-Simulator-{name.replace('_', '-')}": value for name, value in headers.items()}
+        return self.http.post("/v1/chat/completions", json=chat(text, stream), headers=knobs)
+
+    def openai(self, token: str = "any") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0)
+
+
+def chat(text: str, stream: bool = False) -> dict[str, Any]:
+    return {"model": LLM, "messages": [{"role": "user", "content": text}], "stream": stream}
+
+
+def eventually(what: Callable[[], Any], seconds: float = 10) -> Any:
+    """Return the first true value of ``what()``, or fail at the deadline."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it did not happen in time")
+
+
+def raw_request(port: int, body: dict[str, Any], *headers: str) -> socket.socket:
+    content = json.dumps(body).encode()
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(content)}"]
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall("\r\n".join([*lines, *headers, "", ""]).encode() + content)
+    return connection
+
+
+def text_frame(message: dict[str, Any]) -> bytes:
+    """Return a short JSON message as a client's WebSocket frame, masked with zeros."""
+    text = json.dumps(message).encode()
+    return struct.pack("!BBI", 0x81, 0x80 | len(text), 0) + text
+
+
+def read_all(connection: socket.socket) -> bytes:
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+class Client(lmstudio.Client):
+    """The SDK's client with an API token, as its 1.5.0 has no argument for one."""
+
+    token: ClassVar[tuple[str, str]] = ("guest:x", "y")
+
+    def _create_auth_message(self) -> dict[str, Any]:
+        return dict(self._format_auth_message(*self.token))
+
+
+class TokenClient(Client):
+    token = ("AbCdEf12", "0123456789abcdefghij")
+
+
+class Raw:
+    """An RPC parameter that is sent as it is."""
+
+    def __init__(self, content: Any) -> None:
+        self._content = content
+
+    def to_dict(self) -> Any:
+        return self._content
+
+
+def raw_load(session: Any, *fields: tuple[str, Any], key: str = LLM, **more: Any) -> Any:
+    """Open a load channel with plain KV fields; give the channel to ``more["run"]``."""
+    endpoint = LoadModelEndpoint(
+        key, more.get("identifier"), more.get("ttl"), session._API_TYPES.REQUEST_NEW_INSTANCE,
+        session._API_TYPES.MODEL_LOAD_CONFIG, None, more.get("progress"),
+    )  # fmt: skip
+    stack: Any = endpoint.creation_params["loadConfigStack"]
+    stack["layers"][0]["config"]["fields"] += [{"key": k, "value": v} for k, v in fields]
+    with session._create_channel(endpoint) as channel:
+        return more.get("run", lambda channel: channel.wait_for_result())(channel)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Running]:
+    running = Running("--pace-ms", "1")
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def simulator(process: Running) -> Running:
+    process.http.post("/_simulator/reset")
+    return process
+
+
+@pytest.fixture
+def sdk(simulator: Running) -> Iterator[Client]:
+    lmstudio.set_sync_api_timeout(10)
+    with Client(simulator.host) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Running]:
+    running = Running("--token", TOKEN, "--pace-ms", "1")
+    yield running
+    assert running.stop() == 0
+
+
+def refusal(call: Callable[[], object]) -> Any:
+    with pytest.raises(lmstudio.LMStudioServerError) as caught:
+        call()
+    return caught.value.server_error
+
+
+# -- the SDK
+
+
+def test_it_says_where_it_listens(simulator: Running) -> None:
+    assert simulator.line == f"LM Studio simulator listening on {simulator.url}\n"
+    assert simulator.http.get("/lmstudio-greeting").json() == {"lmstudio": True}
+
+
+def test_the_sdk_lists_models_of_both_kinds(sdk: Client) -> None:
+    assert LLM in [model.model_key for model in sdk.llm.list_downloaded()]
+    assert [model.model_key for model in sdk.embedding.list_downloaded()] == [EMBEDDING]
+    assert sdk.list_loaded_models() == []
+
+
+def test_a_load_reports_progress_and_applies_its_settings(sdk: Client) -> None:
+    heard: list[float] = []
+    config: Any = {"contextLength": 1024, "ropeFrequencyBase": 1000.0, "gpu": {"ratio": 0.5}}
+    model = sdk.llm.load_new_instance(LLM, "mine", config=config, on_load_progress=heard.append)
+    assert heard == sorted(heard)
+    assert heard[-1] == 1
+    applied = model.get_load_config().to_dict()
+    assert applied["contextLength"] == 1024
+    assert applied["ropeFrequencyBase"] == 1000.0
+    assert applied["gpu"]["ratio"] == 0.5  # type: ignore[index]
+    assert model.get_context_length() == 1024
+    assert [one.identifier for one in sdk.llm.list_loaded()] == ["mine"]
+    model.unload()
+    assert sdk.llm.list_loaded() == []
+
+
+def test_embedding_models_have_their_own_setting_keys(sdk: Client, simulator: Running) -> None:
+    config: Any = {"contextLength": 512, "gpu": {"ratio": 0.25}}
+    model = sdk.embedding.load_new_instance(EMBEDDING, config=config)
+    (loaded,) = simulator.state()["loaded"]
+    assert loaded["config"]["embedding.load.contextLength"] == 512
+    assert loaded["config"]["embedding.load.llama.acceleration.offloadRatio"] == 0.25
+    assert loaded["ignored"] == {}
+    assert model.get_context_length() == 512
+
+
+def test_unknown_and_malformed_settings_are_ignored_without_a_word(
+    sdk: Client, simulator: Running
+) -> None:
+    good = ("llm.load.llama.cpuThreadPoolSize", 6)
+    bare, unknown = ("llm.load.llama.ropeFrequencyBase", 1000.0), ("llm.load.gpuLayers", 12)
+    raw_load(sdk.llm, good, bare, unknown)
+    (loaded,) = simulator.state()["loaded"]
+    assert loaded["ignored"] == dict([bare, unknown])
+    assert loaded["config"][good[0]] == 6
+    assert loaded["config"][bare[0]] == {"checked": False, "value": 0}
+    assert simulator.state()["loads"][0]["fields"] == dict([good, bare, unknown])
+
+
+def test_instances_are_named_after_their_key(sdk: Client) -> None:
+    names = [sdk.llm.load_new_instance(LLM).identifier for _ in range(3)]
+    assert names == [LLM, f"{LLM}:2", f"{LLM}:3"]
+
+
+def test_refused_loads_carry_the_codes_of_lm_studio(sdk: Client) -> None:
+    load = sdk.llm.load_new_instance
+    assert refusal(lambda: load("nothing")).display_data["code"] == "generic.pathNotFound"
+    assert refusal(lambda: load(EMBEDDING)).display_data["code"] == "generic.domainMismatch"
+    load(LLM, "taken")
+    in_use = refusal(lambda: load(LLM, "taken"))
+    assert "already exists" in in_use.title
+    assert in_use.display_data is None
+    assert "insufficient memory" in refusal(lambda: load("deepseek-r1-671b")).cause
+
+
+def test_what_is_not_loaded_is_refused(sdk: Client) -> None:
+    unloaded = refusal(lambda: sdk.llm.unload("nothing"))
+    assert unloaded.display_data["code"] == "generic.identifierNotFound"
+    with pytest.raises(lmstudio.LMStudioModelNotFoundError):
+        sdk.llm.get_model_info("nothing")
+
+
+def test_an_idle_instance_expires(sdk: Client) -> None:
+    sdk.llm.load_new_instance(LLM, "for ever", ttl=None)
+    sdk.llm.load_new_instance(LLM, "brief", ttl=1)
+    eventually(lambda: [one.identifier for one in sdk.llm.list_loaded()] == ["for ever"])
+
+
+def test_a_cancelled_load_leaves_nothing_loaded(sdk: Client, simulator: Running) -> None:
+    def cancel(channel: Any) -> None:
+        stream = channel.rx_stream()
+        assert next(stream)["type"] == "resolved"
+        channel.cancel()
+        for _ in stream:
+            pass
+
+    error = refusal(lambda: raw_load(sdk.llm, key=SLOW_LLM, run=cancel))
+    assert error.cause == "Operation canceled."
+    (attempt,) = simulator.state()["loads"]
+    assert attempt["outcome"] == "cancelled"
+    assert sdk.llm.list_loaded() == []
+
+
+def test_a_closed_socket_cancels_its_load(simulator: Running) -> None:
+    started = threading.Event()
+
+    def load(client: Client) -> None:
+        with pytest.raises(lmstudio.LMStudioError):
+            raw_load(client.llm, key=SLOW_LLM, progress=lambda progress: started.set())
+
+    with Client(simulator.host) as client:
+        thread = threading.Thread(target=load, args=[client])
+        thread.start()
+        assert started.wait(10)
+        simulator.faults(drop_sockets=True)
+        thread.join(10)
+    eventually(lambda: simulator.state()["loads"][0]["outcome"] == "cancelled")
+    assert simulator.state()["loaded"] == []
+
+
+def test_a_violation_is_only_warned_about(sdk: Client, simulator: Running) -> None:
+    lmstudio.set_sync_api_timeout(0.3)
+    for endpoint, parameter in [("noSuchThing", None), ("unloadModel", Raw({"wrong": 1}))]:
+        with pytest.raises(lmstudio.LMStudioTimeoutError):
+            sdk.llm.remote_call(endpoint, parameter)  # type: ignore[arg-type]
+    with pytest.raises(lmstudio.LMStudioTimeoutError):
+        raw_load(sdk.llm, ttl=0)
+    assert len(simulator.state()["warnings"]) == 3
+    assert simulator.state()["loads"] == []
+
+
+def test_only_the_token_gets_in(guarded: Running) -> None:
+    # The SDK stumbles over the text of the refusal (lmstudio.md, 2.13): a ValueError all the same.
+    with Client(guarded.host) as stranger, pytest.raises(ValueError, match="dictionary update"):
+        stranger.llm.list_loaded()
+    with TokenClient(guarded.host) as friend:
+        assert friend.llm.list_loaded() == []
+    assert guarded.state()["clients"] == ["AbCdEf12"]
+    with pytest.raises(openai.AuthenticationError) as caught:
+        guarded.openai("sk-wrong").models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert guarded.openai(TOKEN).models.list().data
+
+
+def test_socket_faults_do_what_they_say(simulator: Running) -> None:
+    simulator.faults(refuse_websockets=True)
+    with Client(simulator.host) as client, pytest.raises(lmstudio.LMStudioWebsocketError):
+        client.llm.list_loaded()
+    simulator.faults(refuse_websockets=False, unknown_model_type=True, slow_rpc_ms=10)
+    with Client(simulator.host) as client:
+        downloaded = client.system.remote_call("listDownloadedModels")
+        assert {"reranker"} < {model["type"] for model in downloaded}
+        assert simulator.state()["sockets"] == {"system": 1}
+        simulator.faults(fail_loads="no luck")
+        assert refusal(lambda: client.llm.load_new_instance(LLM)).cause == "no luck"
+    assert simulator.http.post("/_simulator/faults", json={"typo": True}).status_code == 400
+
+
+def test_a_silent_simulator_accepts_a_socket_and_says_nothing(simulator: Running) -> None:
+    simulator.faults(silent_after_upgrade=True)
+    with socket.create_connection(("127.0.0.1", simulator.port), timeout=10) as connection:
+        connection.sendall(UPGRADE + text_frame({"authVersion": 1, "clientIdentifier": "a"}))
+        heard = b""
+        while b"\r\n\r\n" not in heard:
+            heard += connection.recv(65536)
+        assert heard.startswith(b"HTTP/1.1 101 ")
+        assert heard.endswith(b"\r\n\r\n")
+        assert simulator.state()["sockets"] == {"llm": 1}
+        connection.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+    eventually(lambda: simulator.state()["sockets"] == {})
+
+
+def test_a_reset_breaks_off_a_load(sdk: Client, simulator: Running) -> None:
+    def reset(channel: Any) -> None:
+        for message in channel.rx_stream():
+            if message["type"] == "resolved":
+                simulator.http.post("/_simulator/reset")
+
+    error = refusal(lambda: raw_load(sdk.llm, key=SLOW_LLM, run=reset))
+    assert error.cause == "Operation canceled."
+    assert simulator.state()["loaded"] == simulator.state()["loads"] == []
+
+
+# -- OpenAI and Anthropic clients
+
+
+def test_chat_is_parsed_by_the_openai_client(simulator: Running) -> None:
+    client = simulator.openai()
+    plain = client.chat.completions.create(**{**chat("count to 3"), "stream": False})
+    assert plain.choices[0].message.content == "1 2 3 "
+    assert plain.usage is not None
+    assert (plain.usage.prompt_tokens, plain.usage.completion_tokens) == (3, 3)
+    asked: Any = chat("count to 5", stream=True)
+    usage: Any = {"include_usage": True}
+    asked |= {"max_tokens": 2, "stream_options": usage}
+    chunks: Any = list(client.chat.completions.create(**asked))
+    assert [one.choices[0].delta.content for one in chunks[:-1]] == ["1 ", "2 ", None]
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.total_tokens == 5
+
+
+def test_completions_and_embeddings_are_parsed(simulator: Running) -> None:
+    client = simulator.openai()
+    assert client.completions.create(model=LLM, prompt="count to 2").choices[0].text == "1 2 "
+    pieces = client.completions.create(model=LLM, prompt="count to 2", stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == "1 2 "
+    packed = client.embeddings.create(model=EMBEDDING, input=["a", "b"])
+    plain = client.embeddings.create(model=EMBEDDING, input="a", encoding_format="float")
+    assert len(packed.data) == 2
+    assert packed.data[0].embedding == pytest.approx(plain.data[0].embedding)
+    assert len(plain.data[0].embedding) == 8
+
+
+def test_responses_are_parsed(simulator: Running) -> None:
+    client = simulator.openai()
+    assert client.responses.create(model=LLM, input="count to 2").output_text == "1 2 "
+    with client.responses.stream(model=LLM, input="count to 4", max_output_tokens=2) as stream:
+        kinds = [event.type for event in stream]
+    assert kinds.count("response.output_text.delta") == 2
+    assert kinds[-1] == "response.incomplete"
+
+
+def test_messages_are_parsed_by_the_anthropic_client(simulator: Running) -> None:
+    client = anthropic.Anthropic(base_url=simulator.url, api_key="any", max_retries=0)
+    asked: Any = {"model": LLM, "messages": [{"role": "user", "content": "count to 3"}]}
+    plain = client.messages.create(**asked, max_tokens=2)
+    assert plain.content[0].text == "1 2 "
+    assert plain.stop_reason == "max_tokens"
+    with client.messages.stream(**asked, max_tokens=9) as stream:
+        final = stream.get_final_message()
+    assert final.content[0].text == "1 2 3 "  # type: ignore[union-attr]
+    assert (final.usage.input_tokens, final.usage.output_tokens) == (3, 3)
+
+
+def test_tools_are_called_in_every_dialect(simulator: Running) -> None:
+    client = simulator.openai()
+    function = {"name": "weather", "parameters": TOOL_SCHEMA}
+    tools: Any = [{"type": "function", "function": function}]
+    asked: Any = chat("go")
+    del asked["stream"]
+    plain = client.chat.completions.create(**asked, tools=tools, tool_choice="required")
+    assert plain.choices[0].finish_reason == "tool_calls"
+    asked["messages"][0]["content"] = "please use the tool"
+    with client.chat.completions.stream(**asked, tools=tools) as stream:
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert json.loads(call.function.arguments) == {"city": "simulated"}
+    flat: Any = [{"type": "function", **function}]
+    (item,) = client.responses.create(model=LLM, input="use the tool", tools=flat).output
+    assert item.type == "function_call"
+    claude = anthropic.Anthropic(base_url=simulator.url, api_key="any", max_retries=0)
+    tools = [{"name": "weather", "input_schema": TOOL_SCHEMA}]
+    with claude.messages.stream(**asked, max_tokens=9, tools=tools) as streamed:
+        assert streamed.get_final_message().stop_reason == "tool_use"
+
+
+# -- HTTP as LM Studio does it
+
+
+def test_a_model_is_found_by_identifier_key_or_alone(simulator: Running, sdk: Client) -> None:
+    refused = simulator.http.post("/v1/chat/completions", json={"messages": []})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("No models loaded.")
+    sdk.llm.load_new_instance(LLM, "mine")
+    for name in ("mine", LLM, None):
+        content = chat("hi") | {"model": name}
+        answer = simulator.http.post("/v1/chat/completions", json=content)
+        assert answer.json()["model"] == "mine"
+    unknown = simulator.http.post("/v1/chat/completions", json=chat("hi") | {"model": "x"})
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "model_not_found")
+    assert simulator.openai().models.retrieve("publisher/model-with-slash")
+    assert simulator.requests()[-1]["target"] == "/v1/models/publisher%2Fmodel-with-slash"
+
+
+def test_errors_that_lm_studio_answers_with_200(simulator: Running, sdk: Client) -> None:
+    files = {"file": ("speech.wav", b"\0" * (2 << 20))}
+    unexpected = simulator.http.post("/v1/audio/transcriptions", files=files)
+    assert unexpected.status_code == 200
+    assert unexpected.json() == {
+        "error": "Unexpected endpoint or method. (POST /v1/audio/transcriptions)"
+    }
+    record = simulator.requests()[-1]
+    assert record["body"] == ""
+    assert record["bodyLength"] > 2 << 20
+    sdk.llm.load_new_instance(LLM, config={"contextLength": 4})
+    overflow = simulator.ask("one two three four five")
+    assert overflow.status_code == 200
+    assert "context length" in overflow.json()["error"]
+    malformed = simulator.http.post("/v1/chat/completions", content=b"{")
+    assert malformed.status_code == 400
+
+
+def test_a_request_is_recorded_as_it_came(simulator: Running) -> None:
+    body = json.dumps(chat("count to 2", stream=True)).encode()
+    answer = simulator.http.post(
+        "/v1/chat/completions?a=%20b", content=iter([body]), headers={"X-Odd": "1"}
+    )
+    (record,) = simulator.requests()
+    assert record["target"] == "/v1/chat/completions?a=%20b"
+    assert ["X-Odd", "1"] in record["headers"]
+    assert base64.b64decode(record["body"]) == body
+    assert record["bodySha256"] == hashlib.sha256(body).hexdigest()
+    assert (record["outcome"], record["status"]) == ("complete", 200)
+    assert base64.b64decode(record["sent"]) == answer.content
+    assert simulator.http.get(f"/_simulator/requests?since={record['id']}").json()["requests"] == []
+
+
+@pytest.mark.parametrize(
+    ("stream", "knob"), [(True, "Pace-Ms"), (False, "Pace-Ms"), (True, "Prefill-Ms")]
+)
+def test_a_client_that_leaves_is_noticed(simulator: Running, stream: bool, knob: str) -> None:
+    asked = chat("count to 100", stream)
+    connection = raw_request(simulator.port, asked, f"X-Simulator-{knob}: 60000")
+    eventually(lambda: simulator.requests())
+    connection.close()
+    ended = eventually(lambda: [one for one in simulator.requests() if one["endedMs"]])
+    assert ended[0]["outcome"] == "client_gone"
+
+
+# -- faults of one request
+
+
+def test_an_answer_can_be_replaced_by_an_error(simulator: Running) -> None:
+    html = simulator.ask(fault="refuse-500")
+    assert (html.status_code, html.text[:6]) == (500, "<html>")
+    assert isinstance(simulator.ask(fault="error-string-500").json()["error"], str)
+    assert simulator.ask(fault="status-429").status_code == 429
+    hidden = simulator.ask(stream=True, fault="error-200-stream")
+    assert (hidden.status_code, hidden.headers["content-type"][:16]) == (200, "application/json")
+    assert isinstance(simulator.ask(fault="error-200").json()["error"], str)
+    assert simulator.ask(fault="error-200-object").json()["error"]["message"]
+    assert {one["outcome"] for one in simulator.requests()} == {"fault"}
+    assert simulator.ask(fault="no-such-fault").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("fault", "stream"),
+    [
+        ("close-before-head", False), ("garbage-head", False), ("break-plain", False),
+        ("break-stream", True),
+    ],
+)  # fmt: skip
+def test_an_answer_can_break(simulator: Running, fault: str, stream: bool) -> None:
+    with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+        simulator.ask(stream=stream, fault=fault)
+    assert eventually(simulator.requests)[0]["outcome"] == "fault"
+
+
+def test_a_stream_can_fail_inside_or_fall_silent(simulator: Running) -> None:
+    by_event = simulator.ask(stream=True, fault="error-in-stream-event").text
+    assert '\n\nevent: error\ndata: {"error": {"message"' in by_event
+    by_data = simulator.ask(stream=True, fault="error-in-stream-data").text
+    assert by_data.count("data: ") == 4
+    assert "[DONE]" not in by_event + by_data
+    quiet = raw_request(
+        simulator.port, chat("count to 9", True), "X-Simulator-Fault: silent-stream"
+    )
+    with quiet:
+        heard = b""
+        while heard.count(b"data: ") < 3:
+            heard += quiet.recv(65536)
+        quiet.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            quiet.recv(1)
+
+
+def test_an_answer_can_travel_in_odd_shapes(simulator: Running) -> None:
+    def content(text: str) -> str:
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        return "".join(one["choices"][0]["delta"].get("content", "") for one in events)
+
+    for fault in ("gzip", "split-bytes", "crlf", "one-chunk"):
+        assert content(simulator.ask(stream=True, fault=fault).text) == "1 2 3 4 5 "
+    assert "\r\n\r\n" in simulator.ask(stream=True, fault="crlf").text
+    zipped = simulator.ask(fault="gzip")
+    assert zipped.headers["content-encoding"] == "gzip"
+    stored = base64.b64decode(simulator.requests()[-1]["sent"])
+    assert zlib.decompress(stored, wbits=31) == zipped.content
+    assert len(simulator.ask(fault="big-answer").json()["choices"][0]["message"]["content"]) > 5e6
+    bare = simulator.ask(fault="no-length")
+    assert "content-length" not in bare.headers
+    assert bare.json()["choices"]
+
+
+def test_a_connection_is_kept_for_the_next_request_and_closed_when_idle(
+    simulator: Running,
+) -> None:
+    connection = raw_request(simulator.port, chat("count to 1"))
+    connection.sendall(b"GET /lmstudio-greeting HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert read_all(connection).count(b"HTTP/1.1 200 OK\r\n") == 2
+
+
+def test_silent_http_hangs_until_it_is_switched_off(simulator: Running) -> None:
+    simulator.faults(silent_http=True)
+    with socket.create_connection(("127.0.0.1", simulator.port), timeout=0.3) as connection:
+        connection.sendall(b"GET /lmstudio-greeting HTTP/1.1\r\nHost: x\r\n\r\n")
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(10)
+        simulator.faults(silent_http=False)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
+# -- TLS
+
+
+def test_tls_serves_wss_and_https(tmp_path: Path) -> None:
+    authority = pytest.importorskip("trustme").CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    certificate.private_key_pem.write_to_path(str(key))
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    running = Running("--tls-cert", str(chain), "--tls-key", str(key), verify=trust)
+    try:
+        assert running.url.startswith("https://")
+        assert running.ask(stream=True).text.endswith("data: [DONE]\n\n")
+        assert frames_over_tls(running.port, trust) == [{"success": True}, {"type": "keepAliveAck"}]
+        with running.http.stream(
+            "POST", "/v1/chat/completions", json=chat("count to 9", True),
+            headers={"X-Simulator-Fault": "silent-stream"},
+        ) as answer:  # fmt: skip
+            next(answer.iter_bytes())
+        eventually(lambda: running.requests()[-1]["outcome"] == "client_gone")
+    finally:
+        assert running.stop() == 0
+
+
+def frames_over_tls(port: int, trust: ssl.SSLContext) -> list[Any]:
+    """Authenticate on wss, keep alive, and return the answers."""
+    plain = socket.create_connection(("127.0.0.1", port), timeout=10)
+    with trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+        connection.sendall(UPGRADE)
+        reader = connection.makefile("rb")
+        with reader:
+            while reader.readline().strip():
+                pass
+            frames = []
+            for message in ({"authVersion": 1, "clientIdentifier": "a"}, {"type": "keepAlive"}):
+                connection.sendall(text_frame(message))
+                length = reader.read(2)[1]
+                frames.append(json.loads(reader.read(length)))
+        return frames
