@@ -1,0 +1,48 @@
+"""README.rst and .env.example name exactly what the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gateway.app import create_app
+from gateway.settings import TABLE, load
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.rst").read_text()
+VARIABLES = {setting.variable for setting in TABLE} | {"WEB_CONCURRENCY"}
+
+
+def test_readme_lists_every_setting_and_no_other() -> None:
+    table = README.split("\nSettings\n")[1].split("\nEndpoints\n")[0]
+    assert set(re.findall(r"^``([A-Z_]+)`` ", table, re.MULTILINE)) == VARIABLES
+
+
+def test_readme_gives_the_defaults_of_the_code() -> None:
+    for setting in TABLE:
+        row = re.search(rf"^``{setting.variable}`` +(\S+)", README, re.MULTILINE)
+        assert row is not None
+        shown = row[1].strip("`")
+        assert shown == (setting.default or {"STATE_URL": "SQLite"}.get(setting.variable, "empty"))
+
+
+def test_env_example_lists_every_setting_with_its_default() -> None:
+    lines = re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    defaults = {setting.variable: setting.default for setting in TABLE} | {"WEB_CONCURRENCY": ""}
+    assert dict(lines) == defaults
+
+
+def test_readme_lists_every_route_and_no_other(tmp_path: Path) -> None:
+    table = README.split("\nEndpoints\n")[1].split("A key comes as")[0]
+    documented = {
+        re.sub(r"\*$", "<>", path) for path in re.findall(r"``(?:GET |POST )?(/[^`]*)``", table)
+    }
+    settings = load({"STATE_URL": f"sqlite:///{tmp_path}/state.db"})
+    rules = {str(rule) for rule in create_app(settings).url_map.iter_rules()}
+    assert documented == {re.sub(r"<[^>]*>$", "<>", rule) for rule in rules}
+
+
+def test_ci_runs_the_readme_test_command() -> None:
+    command = "pip install '.[test]' && pytest"
+    assert command in README
+    assert command in (ROOT / ".ci/run").read_text().replace("-q ", "")
