@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gateway.errors import Forbidden, Headers, Unauthorized
@@ -180,6 +181,7 @@ def _is_admin(path: str) -> bool:
     return path in _ADMIN_PATHS or path.startswith(_ADMIN_PREFIXES)
 
 
+@lru_cache(maxsize=4096)
 def _within(address: str, allowed: AddressSet) -> bool:
     """Whether an address is in a set; an IPv4-mapped IPv6 address counts as its IPv4 form."""
     if allowed.everybody:

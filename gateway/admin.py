@@ -13,7 +13,7 @@ from gevent.queue import Queue
 from gateway import cancellation, schemas
 from gateway.access import REQUEST_ID
 from gateway.errors import BadRequest, GatewayError, dumps
-from gateway.models import Models
+from gateway.models import Emit, Models
 from gateway.proxy import ClientGone, read_body
 from gateway.relay import HEARTBEAT
 from gateway.sse import KEEP_ALIVE
@@ -33,7 +33,8 @@ def load() -> Response:
     """Load a model: plain JSON at the end, or its events while it loads."""
     wanted = schemas.parse(schemas.LoadSchema(), _body())
     models = _models()
-    operation = Operation(lambda emit: models.load(wanted, emit))
+    publish = _publisher()
+    operation = Operation(lambda emit: models.load(wanted, emit), publish)
     if _wants_events():
         return _event_stream(operation.events(request.environ, request.environ[REQUEST_ID]))
     return _json(operation.result(request.environ))
@@ -41,18 +42,18 @@ def load() -> Response:
 
 @blueprint.post("/models/unload")
 def unload() -> Response:
-    return _json(_models().unload(schemas.parse(schemas.UnloadSchema(), _body()), _emit))
+    return _json(_models().unload(schemas.parse(schemas.UnloadSchema(), _body()), _publisher()))
 
 
 @blueprint.post("/models/activate")
 def activate() -> Response:
-    return _json(_models().activate(schemas.parse(schemas.ActivateSchema(), _body()), _emit))
+    return _json(_models().activate(schemas.parse(schemas.ActivateSchema(), _body()), _publisher()))
 
 
 @blueprint.post("/models/deactivate")
 def deactivate() -> Response:
     schemas.parse(schemas.DeactivateSchema(), _body(optional=True))
-    return _json(_models().deactivate(_emit))
+    return _json(_models().deactivate(_publisher()))
 
 
 class Operation:
@@ -60,7 +61,8 @@ class Operation:
 
     _GONE: Event = ("gone", {})
 
-    def __init__(self, work: Callable[[Callable[[str, dict[str, Any]], None]], Any]) -> None:
+    def __init__(self, work: Callable[[Emit], Any], publish: Emit) -> None:
+        self._publish = publish
         self._events: Queue[Event] = Queue()
         self._answer: Any = None
         self._error: BaseException | None = None
@@ -86,12 +88,15 @@ class Operation:
             return
         except GatewayError as error:
             told = {"error": error.message, "status": error.status, "requestId": request_id}
+            if error.details:
+                told["details"] = error.details
             yield _event("error", told)
 
-    def _run(self, work: Callable[[Callable[[str, dict[str, Any]], None]], Any]) -> None:
+    def _run(self, work: Callable[[Emit], Any]) -> None:
         completed: list[Event] = []
 
         def emit(event: str, data: dict[str, Any]) -> None:
+            self._publish(event, data)
             # the completion is told last, when the answer is known
             (completed.append if event.endswith("_complete") else self._events.put)((event, data))
 
@@ -138,8 +143,20 @@ def _models() -> Models:
     return models
 
 
-def _emit(event: str, data: dict[str, Any]) -> None:
-    """Operations that take no time tell nothing on the way."""
+def _publisher() -> Emit:
+    """What tells the world of the current request's operation."""
+    parts = current_app.extensions["gateway"]
+    request_id = request.environ[REQUEST_ID]
+
+    def publish(event: str, data: dict[str, Any]) -> None:
+        if event == "error":
+            data = {"requestId": request_id, **data}
+        loading = event.startswith("model_load") or data.get("operation") == "model_load"
+        if loading and event in ("model_load_complete", "error"):
+            parts.metrics.load_ended("loaded" if event == "model_load_complete" else "failed")
+        parts.events.publish(event, data, request_id if loading else "")
+
+    return publish
 
 
 def _body(*, optional: bool = False) -> Any:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import gevent
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
-from gateway import admin, errors, health, proxy, settings
-from gateway.access import REQUEST_ID, Access, name_request
+from gateway import admin, debug, front, health, metrics, proxy, settings
+from gateway.access import Access
+from gateway.accounts import AccessLog, Accounts
 from gateway.errors import GatewayError
+from gateway.events import EventBus
 from gateway.lmstudio_link import get_link
+from gateway.metrics import Metrics
 from gateway.models import Models
 from gateway.store import SharedStore, open_store
 from gateway.upstream import Upstream
 
-logger = logging.getLogger(__name__)
+#: Seconds between two tellings of this machine's counters to the others.
+COUNTERS_SECONDS = 1.0
+
+_BLUEPRINTS = (
+    health.blueprint,
+    admin.blueprint,
+    debug.blueprint,
+    metrics.blueprint,
+    proxy.blueprint,
+)
 
 
 @dataclass(frozen=True)
@@ -26,13 +39,37 @@ class Gateway:
     """The parts of one worker, at ``app.extensions["gateway"]``."""
 
     settings: settings.Settings
-    access: Access
     store: SharedStore
     upstream: Upstream
     models: Models
+    events: EventBus
+    metrics: Metrics
+    log: AccessLog
     proxy: proxy.Proxy
+    front: front.Front
     #: When this worker started (time.time()).
     started: float
+
+    def start(self) -> None:
+        """The worker begins to serve."""
+        self.events.start()
+        self.log.start()
+        gevent.spawn(self._share_counters)
+
+    def drain(self) -> None:
+        """The worker accepts no more: event streams end, what else runs may finish."""
+        self.events.stop_streams()
+
+    def stop(self) -> None:
+        """The worker has served its last request."""
+        self.events.stop()
+        self.log.stop()
+
+    def _share_counters(self) -> None:
+        while True:
+            gevent.sleep(COUNTERS_SECONDS)
+            with suppress(GatewayError):
+                self.store.share_counters(debug.own_counters(self))
 
 
 def create_app(configured: settings.Settings | None = None) -> Flask:
@@ -42,13 +79,15 @@ def create_app(configured: settings.Settings | None = None) -> Flask:
     app.url_map.merge_slashes = False  # a path is what it is; no redirects
     app.url_map.strict_slashes = False
     app.extensions["gateway"] = _build(configured, app.instance_path)
-    app.before_request(_admit)
-    app.after_request(_complete)
+    app.before_request(_enter)
+    app.after_request(_leave)
     app.register_error_handler(GatewayError, _gateway_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
-    for blueprint in (health.blueprint, admin.blueprint, proxy.blueprint):
+    for blueprint in _BLUEPRINTS:
         app.register_blueprint(blueprint)
+    parts: Gateway = app.extensions["gateway"]
+    app.wsgi_app = front.HotPath(app.wsgi_app, parts.front, parts.proxy)  # type: ignore[method-assign]
     return app
 
 
@@ -56,9 +95,24 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
     access = Access(configured)
     store = open_store(configured.state_url, instance_path)
     upstream = Upstream(configured)
+    counted = Metrics()
+    bus = EventBus(store, counted.dropped)
+    log = AccessLog(configured.log_level, configured.log_format)
     models = Models(get_link(configured), store)
-    relay = proxy.Proxy(configured, access, store, upstream)
-    return Gateway(configured, access, store, upstream, models, relay, time.time())
+    relay = proxy.Proxy(configured, access, store, upstream, Accounts(bus, counted, log))
+    ways = front.Front(access, counted, log, configured.max_body_bytes)
+    return Gateway(
+        settings=configured,
+        store=store,
+        upstream=upstream,
+        models=models,
+        events=bus,
+        metrics=counted,
+        log=log,
+        proxy=relay,
+        front=ways,
+        started=time.time(),
+    )
 
 
 def _parts() -> Gateway:
@@ -66,29 +120,19 @@ def _parts() -> Gateway:
     return parts
 
 
-def _admit() -> Response | None:
-    """Access first, then the announced size of the body; both before a byte of it is read."""
-    parts = _parts()
-    if parts.access.admit(request.environ):
-        return Response(status=204)
-    proxy.check_length(request.environ, parts.settings.max_body_bytes)
-    return None
+def _enter() -> Response | None:
+    return Response(status=204) if _parts().front.enter(request.environ) else None
 
 
-def _complete(response: Response) -> Response:
-    environ = request.environ
-    response.headers["X-Request-Id"] = environ.get(REQUEST_ID) or name_request(environ)
-    for name, value in _parts().access.cors_headers(environ):
+def _leave(response: Response) -> Response:
+    headers = _parts().front.leave(request.environ, response.status_code, response.content_length)
+    for name, value in headers:
         response.headers.add(name, value)
     return response
 
 
 def _gateway_error(error: GatewayError) -> Response:
-    environ = request.environ
-    request_id = environ.get(REQUEST_ID) or name_request(environ)
-    status, headers, body = errors.response(
-        error, environ["PATH_INFO"], request_id, method=request.method
-    )
+    status, headers, body = front.error_response(request.environ, error)
     return Response(body, status, headers)
 
 
@@ -104,5 +148,4 @@ def _http_error(fault: HTTPException) -> Response:
 
 
 def _unexpected(fault: Exception) -> Response:
-    logger.exception("unexpected error: %s %s", request.method, request.path, exc_info=fault)
-    return _gateway_error(GatewayError("The gateway failed; its log says more."))
+    return _gateway_error(front.unexpected(request.environ, fault))

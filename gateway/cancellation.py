@@ -8,6 +8,7 @@ and most HTTP/1.1 servers the gateway takes it for gone.
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,10 @@ _PlainSocket = gevent.monkey.get_original("socket", "socket")
 _READ = 1
 
 #: Seconds between two looks at a client that has sent more than its request (pipelining): the data
-#: in front hides the end from MSG_PEEK, but not from the TCP state.
+#: in front hides the end from MSG_PEEK, but not from poll(2).
 PIPELINED_INTERVAL = 0.25
-_CLOSE_WAIT = 8
+_poll = gevent.monkey.get_original("select", "poll")
+_PEER_CLOSED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class ClientWatch:
@@ -89,11 +91,7 @@ def _peek(client: Any) -> bytes | None:
 
 
 def _has_closed(client: Any) -> bool:
-    """Whether the peer's FIN has come behind data that nobody has read yet (Linux only)."""
-    if client.family == socket.AF_UNIX or not hasattr(socket, "TCP_INFO"):
-        return False
-    try:
-        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    except OSError:
-        return True
-    return bool(info[0] == _CLOSE_WAIT or info[0] == 7)
+    """Whether the peer's end has come behind data that nobody has read yet (Linux tells it)."""
+    poll = _poll()
+    poll.register(client.fileno(), _PEER_CLOSED)
+    return bool(poll.poll(0))

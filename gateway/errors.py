@@ -79,6 +79,10 @@ class NotFound(GatewayError):
     status, code = 404, "not_found"
 
 
+class RequestTimeout(GatewayError):
+    status, code = 408, "request_timeout"
+
+
 class Conflict(GatewayError):
     status, code = 409, "conflict"
     #: The OpenAI SDKs retry a 409; ours never goes away by itself.

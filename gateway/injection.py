@@ -147,13 +147,13 @@ class Members:
         body = self._body
         for name in reversed(replaced):
             start, end = self._place(name)
-            body = body[:start] + inject[name].encode() + body[end:]
+            body = body[:start] + _encode(inject[name]) + body[end:]
         added = [f'"{name}":{text}' for name, text in inject.items() if name not in self._spans]
         if not added:
             return body
         opening = self._opening + 1
         comma = "," if self._spans else ""
-        return body[:opening] + (",".join(added) + comma).encode() + body[opening:]
+        return body[:opening] + _encode(",".join(added) + comma) + body[opening:]
 
     def raw(self, name: str) -> str:
         """A member's value as the client wrote it."""
@@ -212,6 +212,11 @@ def _ask_for_usage(members: Members, inject: dict[str, str]) -> bool:
     raw = members.raw("stream_options").encode()
     inject["stream_options"] = Members(raw).with_injected({"include_usage": "true"}).decode()
     return True
+
+
+def _encode(text: str) -> bytes:
+    # a lone surrogate, which an administrator may have sent as an escape, stays an escape
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _invalid(fault: str) -> BadRequest:

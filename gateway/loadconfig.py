@@ -34,6 +34,8 @@ class _Field:
     key: str
     checkbox: bool = False
     embedding: bool = False
+    #: What an unchecked checkbox means in ``loadConfig``; None: as if it were not there.
+    unchecked: Any = None
 
     def full_key(self, model_type: str) -> str:
         return self.key if self.key.startswith("load.") else f"{model_type}.load.{self.key}"
@@ -50,8 +52,18 @@ FIELDS: tuple[_Field, ...] = (
     _Field("keepModelInMemory", "llama.keepModelInMemory", embedding=True),
     _Field("tryMmap", "llama.tryMmap", embedding=True),
     _Field("useFp16ForKVCache", "llama.useFp16ForKVCache"),
-    _Field("llamaKCacheQuantizationType", "llama.kCacheQuantizationType", checkbox=True),
-    _Field("llamaVCacheQuantizationType", "llama.vCacheQuantizationType", checkbox=True),
+    _Field(
+        "llamaKCacheQuantizationType",
+        "llama.kCacheQuantizationType",
+        checkbox=True,
+        unchecked=False,
+    ),
+    _Field(
+        "llamaVCacheQuantizationType",
+        "llama.vCacheQuantizationType",
+        checkbox=True,
+        unchecked=False,
+    ),
     _Field("offloadKVCacheToGpu", "offloadKVCacheToGpu"),
     _Field("numExperts", "numExperts"),
     _Field("seed", "seed", checkbox=True),
@@ -95,7 +107,7 @@ def from_kv(fields: Iterable[KvField]) -> dict[str, Any]:
                 continue
             value = by_key[key]
             if field.checkbox and isinstance(value, dict):
-                value = value.get("value") if value.get("checked") else None
+                value = value.get("value") if value.get("checked") else field.unchecked
             if value is not None:
                 applied[field.name] = value
     gpu = _gpu_from_kv(by_key)
@@ -106,10 +118,13 @@ def from_kv(fields: Iterable[KvField]) -> dict[str, Any]:
 
 def differences(wanted: dict[str, Any], applied: dict[str, Any]) -> list[str]:
     """A warning for each wanted field that LM Studio does not report as applied."""
+    # an unchecked box may be reported by not being there
+    boxes = {field.name for field in FIELDS if field.unchecked is False}
+    unchecked = {name for name in boxes if applied.get(name) is None}
     return [
         f"{path}: sent {value!r}, but LM Studio {_reported(path, applied)}"
         for path, value in _flatten(_as_sent(wanted))
-        if not _same(value, _lookup(path, applied))
+        if not _same(value, _lookup(path, applied) if path not in unchecked else False)
     ]
 
 
@@ -198,10 +213,9 @@ def _lookup(path: str, config: dict[str, Any]) -> Any:
 
 def _same(sent: Any, reported: Any) -> bool:
     # "off" and "max" are LM Studio's words for the ends of the ratio; it reports either form
-    words = {"off": 0, "max": 1, False: None}
-    if isinstance(sent, str) or sent is False:
-        return bool(reported == sent or reported == words.get(sent, sent))
-    return bool(sent == reported or sent == words.get(reported, object()))
+    ends = {"off": 0, "max": 1}
+    plain = [ends.get(v, v) if isinstance(v, str) else v for v in (sent, reported)]
+    return bool(plain[0] == plain[1])
 
 
 def _reported(path: str, applied: dict[str, Any]) -> str:

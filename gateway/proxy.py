@@ -6,16 +6,26 @@ relayed. :func:`exchange` works on the WSGI environ and is all that the blueprin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import gevent
 from flask import Blueprint, Response, current_app, request
 from werkzeug.routing import Rule
 
 from gateway import cancellation, errors, injection, relay, repair, sse
 from gateway.access import CLIENT, REQUEST_ID, Access
-from gateway.errors import BadGateway, BadRequest, BodyTooLarge, GatewayError, Headers
+from gateway.accounts import Accounts
+from gateway.errors import (
+    BadGateway,
+    BadRequest,
+    BodyTooLarge,
+    GatewayError,
+    Headers,
+    RequestTimeout,
+)
 from gateway.record import Record
 from gateway.settings import Settings
 from gateway.store import SharedStore
@@ -65,11 +75,18 @@ _NOT_RELAYED = frozenset(
         "x-request-id",
     }
 )
+#: Set in the environ of a request that the access log tells as an exchange.
+RECORDED = "gateway.recorded"
 #: A request's body: whole, piece by piece, or none.
 Body = bytes | Iterator[bytes] | None
 
 _STREAM_HEADERS = [("X-Accel-Buffering", "no"), ("Cache-Control", "no-cache")]
 _READ_BYTES = 65536
+#: Exchanges that one worker runs at a time; well below its connections, so that /health and /admin
+#: still get theirs.
+MAX_EXCHANGES = 2048
+#: Seconds in which each READ_BYTES of a request body must come: a trickling client is not served.
+READ_TIMEOUT = 30.0
 
 
 @dataclass
@@ -87,39 +104,71 @@ class ClientGone(GatewayError):
     status, code = 499, "client_closed_request"
 
 
+class Overloaded(GatewayError):
+    """This worker runs as many exchanges as it takes. Nothing waits in it: the bound on waiting
+    requests is the listening socket's backlog."""
+
+    status, code = 503, "overloaded"
+    headers = [("Retry-After", "1")]
+
+
 class Proxy:
     """The proxy of one worker."""
 
     def __init__(
-        self, settings: Settings, access: Access, store: SharedStore, upstream: Upstream
+        self,
+        settings: Settings,
+        access: Access,
+        store: SharedStore,
+        upstream: Upstream,
+        accounts: Accounts,
     ) -> None:
         self._settings = settings
         self._access = access
         self._store = store
         self._upstream = upstream
+        self._accounts = accounts
+        self._running: set[Exchange] = set()
+
+    def cut_all(self) -> None:
+        """End what still runs: the worker's grace period is over."""
+        for exchange in list(self._running):
+            exchange.abort("The gateway is shutting down.")
 
     def exchange(self, environ: Environ) -> Answer:
         """Serve one request; raises a GatewayError when LM Studio gives nothing to relay."""
         path, target = upstream_target(environ)
-        method = environ["REQUEST_METHOD"]
-        endpoint = injection.TABLE.get(path) if method == "POST" else None
-        prepared = None
-        body: Body
-        if endpoint is not None and not environ.get("HTTP_CONTENT_ENCODING"):
-            content = read_body(environ, self._settings.max_body_bytes)
-            prepared = injection.prepare(endpoint, content, self._store.active)
-            body = prepared.body
-        else:
-            body = stream_body(environ, self._settings.max_body_bytes)
-        record = self._record(environ, path, prepared)
-        headers = self._request_headers(environ, body, prepared)
+        record = self._record(environ, path)
         try:
-            return self._send(environ, method, target, headers, body, prepared, record)
+            return self._serve(environ, path, target, record)
         except GatewayError as error:
             record.status = error.status
             record.fail(error.message)
             record.finish(cancelled=isinstance(error, ClientGone))
             raise
+
+    def _serve(self, environ: Environ, path: str, target: str, record: Record) -> Answer:
+        """Inject, tell that it begins, send, answer."""
+        method = environ["REQUEST_METHOD"]
+        endpoint = injection.TABLE.get(path) if method == "POST" else None
+        prepared = None
+        body: Body
+        try:
+            if endpoint is not None and not environ.get("HTTP_CONTENT_ENCODING"):
+                content = read_body(environ, self._settings.max_body_bytes)
+                prepared = injection.prepare(endpoint, content, self._store.active)
+                body = prepared.body
+                record.asked_model = prepared.asked_model or ""
+                record.model = prepared.model
+                record.stream = prepared.stream
+            else:
+                body = stream_body(environ, self._settings.max_body_bytes)
+        finally:
+            if not path.startswith("/api/"):
+                environ[RECORDED] = True
+                self._accounts.begin(record)
+        headers = self._request_headers(environ, body, prepared)
+        return self._send(environ, method, target, headers, body, prepared, record)
 
     def _send(
         self,
@@ -131,10 +180,15 @@ class Proxy:
         prepared: injection.Prepared | None,
         record: Record,
     ) -> Answer:
+        if len(self._running) >= MAX_EXCHANGES:
+            raise Overloaded("The gateway is busy with other requests; try again.")
         try:
             exchange = self._upstream.send(method, target, headers, body)
         except ConnectionBroken as fault:
             raise BadGateway(f"LM Studio broke the exchange off: {fault}.") from None
+        record.upstream_sent = time.monotonic()
+        self._running.add(exchange)
+        exchange.on_close = self._running.discard
         watch = cancellation.watch(environ, exchange.abort)
         try:
             answer = self._answer(exchange, watch, prepared, record, environ["PATH_INFO"])
@@ -144,6 +198,8 @@ class Proxy:
             exchange.close()
             if watch is not None and watch.gone:
                 raise ClientGone("The client closed the connection.") from None
+            if isinstance(fault, ConnectionBroken) and exchange.abort_reason:
+                raise Overloaded(exchange.abort_reason) from None
             if isinstance(fault, ConnectionBroken):
                 raise BadGateway(f"LM Studio broke the exchange off: {fault}.") from None
             raise
@@ -177,6 +233,7 @@ class Proxy:
             headers = [("Content-Type", "text/event-stream; charset=utf-8"), *_STREAM_HEADERS]
             pieces = relay.late_stream(exchange, tap, silence, record, spoken)
             return Answer("200 OK", headers, relay.Relay(pieces, exchange, watch, record))
+        record.upstream_head = time.monotonic()
         record.status = head.status
         status = f"{head.status} {head.reason}".rstrip()
         headers = _response_headers(head.headers)
@@ -214,6 +271,7 @@ class Proxy:
         else:
             error = None
         if error is not None:
+            error.headers = _error_headers(exchange.head.headers, error)
             raise error
         return first
 
@@ -221,16 +279,12 @@ class Proxy:
         timeout = self._settings.proxy_timeout
         return None if timeout is None else record.started + timeout
 
-    def _record(self, environ: Environ, path: str, prepared: injection.Prepared | None) -> Record:
+    def _record(self, environ: Environ, path: str) -> Record:
         return Record(
             request_id=environ[REQUEST_ID],
             client=environ.get(CLIENT, ""),
             method=environ["REQUEST_METHOD"],
             path=path,
-            asked_model=(prepared.asked_model or "") if prepared else "",
-            model=prepared.model if prepared else "",
-            stream=prepared.stream if prepared else False,
-            on_finish=lambda record: None,
         )
 
     def _request_headers(
@@ -319,7 +373,8 @@ def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
     while expected is None or size < expected:
         wanted = _READ_BYTES if expected is None else min(_READ_BYTES, expected - size)
         try:
-            piece = source.read(wanted)
+            with gevent.Timeout(READ_TIMEOUT, RequestTimeout("The request body came too slowly.")):
+                piece = source.read(wanted)
         except (OSError, ValueError) as fault:
             raise BadRequest(f"The request body can't be read: {fault}.") from None
         if not piece:
@@ -365,6 +420,13 @@ def _with_retry_advice(status: int, headers: Headers) -> Headers:
     if status == 409 and "x-should-retry" not in names:
         return [*headers, ("x-should-retry", "false")]
     return headers
+
+
+def _error_headers(headers: Headers, error: GatewayError) -> Headers:
+    """LM Studio's headers that go with an error whose body the gateway writes anew."""
+    about_body = ("content-type", "content-length", "content-encoding", "etag", "last-modified")
+    kept = _without(_response_headers(headers), *about_body)
+    return _with_retry_advice(error.status, kept)
 
 
 def _without(headers: Headers, *names: str) -> Headers:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from gateway import sse
 from gateway.cancellation import ClientWatch
-from gateway.errors import GatewayError, UpstreamTimeout, payload
+from gateway.errors import BadGateway, GatewayError, UpstreamTimeout, payload
 from gateway.record import Record
 from gateway.repair import MAX_ERROR_BYTES, as_error
 from gateway.upstream import ConnectionBroken, Exchange, Silence
@@ -47,9 +47,15 @@ class Relay(Iterator[bytes]):
         self._exchange = exchange
         self._watch = watch
         self._record = record
+        self._finished = False
 
     def __next__(self) -> bytes:
-        piece = next(self._pieces)
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            # a client that leaves from here on has got everything
+            self._finished = True
+            raise
         self._record.sent(piece)
         return piece
 
@@ -57,9 +63,8 @@ class Relay(Iterator[bytes]):
         """Give up what belongs to this exchange; a client that has not got all of it has left."""
         if self._watch is not None:
             self._watch.stop()
-        gone = (self._watch is not None and self._watch.gone) or not self._exchange.complete
         self._exchange.close()
-        self._record.finish(cancelled=gone and not self._record.failed)
+        self._record.finish(cancelled=not self._finished and not self._record.failed)
 
 
 def plain(
@@ -80,7 +85,8 @@ def plain(
         record.fail("LM Studio did not finish its answer within PROXY_TIMEOUT.")
         raise Cut("PROXY_TIMEOUT passed") from None
     except ConnectionBroken as fault:
-        record.fail(f"LM Studio broke its answer off: {fault}.")
+        if not exchange.aborted:
+            record.fail(f"LM Studio broke its answer off: {fault}.")
         raise Cut(str(fault)) from None
     for usage in sse.usages(tail):
         record.tokens.update(usage)
@@ -100,7 +106,7 @@ def stream(
         record.tokens.update(tap.tokens)
     except (ConnectionBroken, UpstreamTimeout) as fault:
         record.tokens.update(tap.tokens)
-        yield from cut_stream(fault, tap, record, dialect)
+        yield from cut_stream(fault, exchange, tap, record, dialect)
 
 
 def late_stream(
@@ -116,7 +122,7 @@ def late_stream(
             return
         content = collect(exchange, silence)
     except (ConnectionBroken, UpstreamTimeout) as fault:
-        yield from cut_stream(fault, tap, record, dialect)
+        yield from cut_stream(fault, exchange, tap, record, dialect)
         return
     error = as_error(exchange.head.status, content, dialect)
     if error is None:
@@ -127,17 +133,24 @@ def late_stream(
     yield sse.error_event(told, named=dialect == "anthropic")
 
 
-def cut_stream(fault: Exception, tap: sse.Tap, record: Record, dialect: str) -> Iterator[bytes]:
+def cut_stream(
+    fault: Exception, exchange: Exchange, tap: sse.Tap, record: Record, dialect: str
+) -> Iterator[bytes]:
     """End a stream visibly broken: an error event, then no proper end of the response."""
-    error = fault if isinstance(fault, GatewayError) else None
-    message = error.message if error else f"LM Studio broke the stream off: {fault}."
-    record.fail(message)
-    told = payload(
-        message, error.status if error else 502, error.code if error else "bad_gateway", dialect
-    )
+    if exchange.aborted and not exchange.abort_reason:
+        raise Cut("the client left")
+    error = fault if isinstance(fault, GatewayError) else _as_error(fault, exchange)
+    record.fail(error.message)
+    told = payload(error.message, error.status, error.code, dialect, error=error)
     begun = b"" if tap.between_events else b"\n\n"
     yield begun + sse.error_event(told, named=dialect == "anthropic")
-    raise Cut(message)
+    raise Cut(error.message)
+
+
+def _as_error(fault: Exception, exchange: Exchange) -> GatewayError:
+    if exchange.abort_reason:
+        return GatewayError(exchange.abort_reason, status=503, code="overloaded")
+    return BadGateway(f"LM Studio broke the stream off: {fault}.")
 
 
 def is_event_stream(exchange: Exchange) -> bool:

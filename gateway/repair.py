@@ -73,13 +73,11 @@ def _speaks(parsed: Any, spoken: str) -> bool:
 def _error(message: str, status: int, fields: dict[str, Any]) -> GatewayError:
     code, param = fields.get("code"), fields.get("param")
     default = "unknown_endpoint" if status == 404 else "upstream_error"
-    headers = [("Retry-After", "5")] if status in (429, 503) else None
     return GatewayError(
         message,
         status=status,
         code=code if isinstance(code, str) else default,
         param=param if isinstance(param, str) else None,
-        headers=headers,
     )
 
 

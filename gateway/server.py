@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from gateway import logs
+from gateway import logs, worker
 from gateway.settings import Settings, SettingsError, load, read_environment
 
 #: Connections of one worker; each may be a stream.
@@ -23,7 +23,7 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
     return {
         "bind": bind_address(settings),
         "workers": workers(),
-        "worker_class": "gevent",
+        "worker_class": "gateway.worker.Worker",
         "worker_connections": WORKER_CONNECTIONS,
         "backlog": 2048,
         "keepalive": KEEP_ALIVE,
@@ -33,6 +33,7 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "preload_app": False,
         "proc_name": "lmstudio-gateway",
         "accesslog": None,
+        "logger_class": "gateway.worker.Logger",
         "loglevel": settings.log_level.replace("warn", "warning"),
         "logconfig_dict": logs.configuration(settings.log_level, settings.log_format),
         "control_socket_disable": True,
@@ -41,6 +42,9 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "forwarder_headers": "",
         # methods "nobody knows" are LM Studio's to refuse
         "permit_unconventional_http_method": True,
+        "on_starting": worker.on_starting,
+        "child_exit": worker.child_exit,
+        "on_exit": worker.on_exit,
         "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
     }
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from dotenv import dotenv_values
 
@@ -106,7 +106,7 @@ class Settings:
 
 def _base_url(text: str) -> str:
     """``http://host:port[/v1][/]`` → ``http://host:port``."""
-    parts = urlsplit(text)
+    parts = _split(text)
     if parts.scheme not in ("http", "https"):
         raise ValueError("must start with http:// or https://")
     if parts.username is not None or parts.password is not None:
@@ -213,7 +213,7 @@ def _addresses(*words: str) -> Callable[[str], AddressSet]:
 def _origins(text: str) -> frozenset[str]:
     origins = _items(text)
     for origin in origins:
-        parts = urlsplit(origin)
+        parts = _split(origin)
         if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
             raise ValueError(f"{origin!r} is not an origin (scheme://host[:port], nothing behind)")
     return frozenset(origins)
@@ -222,7 +222,7 @@ def _origins(text: str) -> frozenset[str]:
 def _state_url(text: str) -> str:
     if not text:
         return ""
-    parts = urlsplit(text)
+    parts = _split(text)
     if parts.scheme == "sqlite":
         if not text.startswith("sqlite:///") or text == "sqlite:///":
             raise ValueError("a SQLite state is sqlite:/// and a file path")
@@ -230,6 +230,14 @@ def _state_url(text: str) -> str:
     if parts.scheme in ("redis", "rediss", "unix"):
         return text
     raise ValueError("must start with sqlite:/// or redis://")
+
+
+def _split(text: str) -> SplitResult:
+    try:
+        return urlsplit(text)
+    except ValueError:
+        # its own message would tell the URL, and with it a password
+        raise ValueError("is not a URL") from None
 
 
 def _items(text: str) -> list[str]:
@@ -325,7 +333,10 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 def read_environment() -> dict[str, str]:
     """``.env`` of the current directory, overlaid with the process's environment."""
-    from_file = {name: text for name, text in dotenv_values(".env").items() if text is not None}
+    try:
+        from_file = {name: text for name, text in dotenv_values(".env").items() if text is not None}
+    except (OSError, UnicodeDecodeError):
+        raise SettingsError([".env: can't be read as UTF-8 text"]) from None
     return {**from_file, **os.environ}
 
 

@@ -96,7 +96,7 @@ def usages(payload: bytes) -> list[dict[str, int]]:
     for match in _USAGE.finditer(payload):
         try:
             usage, _ = _decoder.raw_decode(payload[match.end() :].decode("utf-8", "replace"))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         found.append(_tokens(usage))
     return found

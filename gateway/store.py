@@ -1,8 +1,8 @@
-"""The state that all workers share: the active model.
+"""What all workers share: the active model, the event log, the requests in flight.
 
-``STATE_URL`` chooses the implementation. :meth:`SqliteStore.active` is on the path of every
-inference request and touches no database: a few bytes in a memory-mapped file tell whether the
-cached value still holds.
+``STATE_URL`` chooses the implementation: SQLite here for one machine, Redis in
+:mod:`gateway.redis_store` for several. :meth:`SharedStore.active` is on the path of every inference
+request and reads memory only.
 """
 
 from __future__ import annotations
@@ -11,13 +11,25 @@ import json
 import mmap
 import os
 import sqlite3
+import struct
 import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import gevent
+from gevent.threadpool import ThreadPool
 
 from gateway.errors import GatewayError
+
+#: The log keeps this many events, and none older than a day.
+MAX_EVENTS = 10_000
+MAX_AGE_SECONDS = 86_400
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,14 @@ class Active:
             for name, value in self.default_inference.items()
         }
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Active | None:
+        value = json.loads(text)
+        return cls(**value) if value else None
+
 
 class StoreError(GatewayError):
     """The shared state can't be read or written."""
@@ -52,14 +72,62 @@ class StoreError(GatewayError):
     headers = [("Retry-After", "5")]
 
 
+class StoredEvent(NamedTuple):
+    """An event of the log; ``data`` is its JSON object in one line."""
+
+    id: int
+    type: str
+    data: bytes
+
+
+@dataclass
+class Batch:
+    """What a worker appends at once: events, and which operations began or ended with them."""
+
+    events: list[tuple[str, bytes]] = field(default_factory=list)
+    #: Operation id → JSON of what /debug/status shows while it runs.
+    begun: dict[str, bytes] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
+
+
 class SharedStore(Protocol):
-    """What every implementation offers."""
+    """What every implementation offers. All but ``active`` may raise :class:`StoreError`."""
 
     def active(self) -> Active | None:
         """The active model as of the last answered change by any worker."""
 
     def set_active(self, active: Active | None) -> None:
         """Change the active model for every worker before this returns."""
+
+    def append(self, batch: Batch) -> None:
+        """Add events to the log, in order, and note what is in flight."""
+
+    def after(self, last_id: int, limit: int) -> list[StoredEvent]:
+        """The events behind ``last_id``, oldest first."""
+
+    def span(self) -> tuple[int, int]:
+        """Ids of the oldest and the newest event of the log; of an empty one (n + 1, n)."""
+
+    def latest(self, event_type: str, count: int) -> list[dict[str, Any]]:
+        """The data of the newest events of a type, newest first."""
+
+    def wait(self, last_id: int, timeout: float) -> None:
+        """Return when there may be events behind ``last_id``, or after ``timeout`` s."""
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        """What runs now in any living worker, oldest first."""
+
+    def take_lost(self) -> list[dict[str, Any]]:
+        """Remove and return what was in flight in workers that have died."""
+
+    def share_counters(self, counters: dict[str, float]) -> None:
+        """Tell the other machines this machine's counters."""
+
+    def other_counters(self) -> list[dict[str, float]]:
+        """The counters of the other machines."""
+
+    def ping(self) -> None:
+        """Raise StoreError when the store does not answer."""
 
     def close(self) -> None:
         """Release files and connections."""
@@ -68,36 +136,45 @@ class SharedStore(Protocol):
 class SqliteStore:
     """One machine, any number of workers: a SQLite file in WAL mode and a small mapped file.
 
-    The mapped file holds a random token that changes after each committed change; a worker whose
-    cached token differs reads the database again.
+    The mapped file holds a random token that changes after each change of the active model, and the
+    id of the newest event: a glance at it tells whether there is something to read.
     """
 
-    TOKEN_BYTES = 16
+    #: Seconds between two glances of a tailer.
+    POLL_SECONDS = 0.03
+    _TOKEN = slice(0, 16)
+    _NEWEST = struct.Struct("<q")
+    _NEWEST_AT = 16
+    _MAP_BYTES = 24
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(
-            path, timeout=5, isolation_level=None, check_same_thread=False
-        )
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=NORMAL")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL)"
-        )
-        self._token = _map_token(path.with_name(path.name + "-token"), self.TOKEN_BYTES)
+        self._pid = os.getpid()
+        self._birth = _birth(self._pid)
+        self._lock = threading.Lock()
+        self._database = _connect(path)
+        self._database.executescript(_SCHEMA)
+        # The event log has a connection and a real thread of its own: a slow disk delays neither
+        # requests nor other greenlets.
+        self._log = _connect(path)
+        self._thread = ThreadPool(1)
+        self._map = _map_file(path.with_name(path.name + "-shared"), self._MAP_BYTES)
         self._seen: bytes | None = None
         self._active: Active | None = None
 
     def active(self) -> Active | None:
-        token = self._token[: self.TOKEN_BYTES]
+        token = self._map[self._TOKEN]
         if token != self._seen:
-            self._active = self._read_active()
-            self._seen = token
+            try:
+                self._active = self._read_active()
+                self._seen = token
+            except sqlite3.Error:
+                # the last known one, until it can be read: a sick disk must not stop inference
+                return self._active
         return self._active
 
     def set_active(self, active: Active | None) -> None:
-        value = json.dumps(asdict(active)) if active else "null"
+        value = active.to_json() if active else "null"
         try:
             with self._lock:
                 self._database.execute(
@@ -105,24 +182,115 @@ class SqliteStore:
                     " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
                     (value,),
                 )
-                self._token[: self.TOKEN_BYTES] = os.urandom(self.TOKEN_BYTES)
+                self._map[self._TOKEN] = os.urandom(16)
         except sqlite3.Error as error:
             raise StoreError(f"The active model can't be saved: {error}.") from None
 
+    def append(self, batch: Batch) -> None:
+        self._in_thread(self._append, batch)
+
+    def after(self, last_id: int, limit: int) -> list[StoredEvent]:
+        query = "SELECT id, type, data FROM events WHERE id > ? ORDER BY id LIMIT ?"
+        return [StoredEvent(*row) for row in self._select(query, last_id, limit)]
+
+    def span(self) -> tuple[int, int]:
+        [(oldest, newest)] = self._select("SELECT min(id), max(id) FROM events")
+        if newest is None:
+            rows = self._select("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
+            newest = rows[0][0] if rows else 0
+            oldest = newest + 1
+        return oldest, newest
+
+    def latest(self, event_type: str, count: int) -> list[dict[str, Any]]:
+        query = "SELECT data FROM events WHERE type = ? ORDER BY id DESC LIMIT ?"
+        return [json.loads(data) for (data,) in self._select(query, event_type, count)]
+
+    def wait(self, last_id: int, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self._newest() == last_id and time.monotonic() < deadline:
+            gevent.sleep(self.POLL_SECONDS)
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        rows = self._select("SELECT pid, birth, data FROM in_flight ORDER BY rowid")
+        return [json.loads(data) for pid, birth, data in rows if _birth(pid) == birth]
+
+    def take_lost(self) -> list[dict[str, Any]]:
+        lost: list[dict[str, Any]] = []
+        for pid, birth in self._select("SELECT DISTINCT pid, birth FROM in_flight"):
+            if _birth(pid) != birth:
+                # only one of the workers that notice the death gets the rows
+                query = "DELETE FROM in_flight WHERE pid = ? AND birth = ? RETURNING data"
+                lost += [json.loads(data) for (data,) in self._select(query, pid, birth)]
+        return lost
+
+    def share_counters(self, counters: dict[str, float]) -> None:
+        """There is no other machine."""
+
+    def other_counters(self) -> list[dict[str, float]]:
+        return []
+
+    def ping(self) -> None:
+        self._select("SELECT 1")
+
     def close(self) -> None:
+        self._thread.kill()
         self._database.close()
-        self._token.close()
+        self._log.close()
+        self._map.close()
 
     def _read_active(self) -> Active | None:
+        with self._lock:
+            row = self._database.execute("SELECT value FROM state WHERE name = 'active'").fetchone()
+        return Active.from_json(row[0]) if row else None
+
+    def _append(self, batch: Batch) -> None:
+        """In the log's thread: one transaction."""
+        log = self._log
+        now = time.time()
+        with log:
+            log.execute("BEGIN IMMEDIATE")
+            log.executemany(
+                "INSERT INTO events (type, data, at) VALUES (?, ?, ?)",
+                [(kind, data, now) for kind, data in batch.events],
+            )
+            log.executemany(
+                "INSERT OR REPLACE INTO in_flight (id, pid, birth, data) VALUES (?, ?, ?, ?)",
+                [(key, self._pid, self._birth, data) for key, data in batch.begun.items()],
+            )
+            log.executemany("DELETE FROM in_flight WHERE id = ?", [(key,) for key in batch.ended])
+            [(newest,)] = log.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
+            # every so often only: the bound is not exact
+            if newest // 512 != (newest - len(batch.events)) // 512:
+                log.execute(
+                    "DELETE FROM events WHERE id <= ? OR at < ?",
+                    (newest - MAX_EVENTS, now - MAX_AGE_SECONDS),
+                )
+        self._map[self._NEWEST_AT : self._MAP_BYTES] = self._NEWEST.pack(newest)
+
+    def _newest(self) -> int:
+        newest: int = self._NEWEST.unpack(self._map[self._NEWEST_AT : self._MAP_BYTES])[0]
+        return newest
+
+    def _select(self, query: str, *values: Any) -> list[Any]:
+        return self._in_thread(lambda: self._log.execute(query, values).fetchall())
+
+    def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
         try:
-            with self._lock:
-                row = self._database.execute(
-                    "SELECT value FROM state WHERE name = 'active'"
-                ).fetchone()
-        except sqlite3.Error:
-            return self._active  # the last known one: a sick disk must not stop inference
-        value = json.loads(row[0]) if row else None
-        return Active(**value) if value else None
+            result: _T = self._thread.apply(work, arguments)
+        except sqlite3.Error as error:
+            raise StoreError(f"The shared state can't be used: {error}.") from None
+        return result
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, data BLOB NOT NULL, at REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS in_flight (
+    id TEXT PRIMARY KEY, pid INTEGER NOT NULL, birth INTEGER NOT NULL, data BLOB NOT NULL
+);
+"""
 
 
 def open_store(url: str, instance_path: str) -> SharedStore:
@@ -130,6 +298,10 @@ def open_store(url: str, instance_path: str) -> SharedStore:
 
     Raises :class:`StoreError` when it can't be opened.
     """
+    if url and not url.startswith("sqlite:"):
+        from gateway.redis_store import RedisStore
+
+        return RedisStore(url)
     path = Path(url.removeprefix("sqlite:///") if url else os.path.join(instance_path, "state.db"))
     try:
         return SqliteStore(path)
@@ -137,7 +309,26 @@ def open_store(url: str, instance_path: str) -> SharedStore:
         raise StoreError(f"cannot open {path}: {error}") from None
 
 
-def _map_token(path: Path, size: int) -> mmap.mmap:
+def merge(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one; what began and ended in between never was in flight."""
+    whole = Batch()
+    for batch in batches:
+        whole.events += batch.events
+        whole.begun.update(batch.begun)
+        whole.ended |= batch.ended
+    for key in whole.ended & whole.begun.keys():
+        del whole.begun[key]
+    return whole
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=NORMAL")
+    return database
+
+
+def _map_file(path: Path, size: int) -> mmap.mmap:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if os.fstat(handle).st_size < size:
@@ -145,3 +336,20 @@ def _map_token(path: Path, size: int) -> mmap.mmap:
         return mmap.mmap(handle, size)
     finally:
         os.close(handle)
+
+
+def _birth(pid: int) -> int:
+    """When a process started, in clock ticks, which tells it from a later one with its number;
+    -1 for a dead one, 0 where the system does not tell (no /proc)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return -1
+    except PermissionError:
+        pass
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # the name, in brackets, may hold anything; the start time is the 20th field behind it
+    return int(status[status.rindex(")") + 2 :].split()[19])

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -105,8 +105,11 @@ class Exchange(requests.Response):
         """Whether the whole answer has been received."""
         return self._body.done
 
-    def abort(self) -> None:
-        """Shut the connection at once; whoever waits on it sees it end."""
+    def abort(self, reason: str = "") -> None:
+        """Shut the connection at once; whoever waits on it sees it end, for this reason."""
+        self.aborted = True
+        self.abort_reason = self.abort_reason or reason
+        self._reusable = False
         if self._connection is not None:
             _shut(self._socket)
 
@@ -115,12 +118,19 @@ class Exchange(requests.Response):
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        if self.on_close is not None:
+            self.on_close(self)
         if self._reusable and self._body.done and not self._body.excess and not self._buffer:
             self._adapter.put_back(connection)
         else:
             connection.close()
 
     _reusable = False
+    #: Whether the exchange was cut from our side, and why, if the client is still there to know.
+    aborted = False
+    abort_reason = ""
+    #: Called once, when the exchange gives up its connection.
+    on_close: Callable[[Exchange], None] | None = None
 
     def _take_head(self) -> http1.Head | None:
         """The answer's head once the buffer has it whole; interim (1xx) heads are skipped."""

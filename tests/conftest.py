@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import httpx2
+import openai
 import pytest
 
+from tests.nginx import Nginx
 from tests.processes import Gateway, Simulator
 
 
@@ -54,3 +58,124 @@ def launch(tmp_path: Path, simulator: Simulator) -> Iterator[Callable[..., Gatew
     yield start
     for gateway in started:
         gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def shared_nginx(
+    shared_gateway: Gateway, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Nginx]:
+    front = Nginx(tmp_path_factory.mktemp("nginx"), shared_gateway.url)
+    yield front
+    front.stop()
+
+
+@pytest.fixture(scope="module")
+def shared_strict(
+    shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    gateway = Gateway(
+        tmp_path_factory.mktemp("strict"),
+        shared_simulator.url,
+        GATEWAY_API_KEY=SdkClient.KEY,
+        GATEWAY_ADMIN_KEY=SdkClient.ADMIN_KEY,
+        PROXY_TIMEOUT=700,
+        MAX_BODY_BYTES=100_000,
+        WEB_CONCURRENCY=1,
+    )
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture
+def strict(shared_strict: Gateway, simulator: Simulator) -> Gateway:
+    """A gateway with keys, a PROXY_TIMEOUT of 0.7 s and a MAX_BODY_BYTES of 100 000."""
+    return shared_strict
+
+
+class SdkClient:
+    """The openai or the anthropic package, talking to a gateway without retries."""
+
+    KEY = "inference-key-0123456789"
+    ADMIN_KEY = "admin-key-0123456789abc"
+    _ASK = {
+        "model": "qwen2-1.5b-instruct",
+        "messages": [{"role": "user", "content": "count to 3"}],
+        "max_tokens": 50,
+    }
+    #: Status → exception of openai and of anthropic, ``error.type`` of OpenAI and of Anthropic.
+    _ERRORS: dict[int, tuple[str, str, str]] = {
+        400: ("BadRequestError", "invalid_request_error", "invalid_request_error"),
+        401: ("AuthenticationError", "authentication_error", "authentication_error"),
+        403: ("PermissionDeniedError", "permission_error", "permission_error"),
+        404: ("NotFoundError", "invalid_request_error", "not_found_error"),
+        413: ("APIStatusError", "invalid_request_error", "request_too_large"),
+        429: ("RateLimitError", "requests", "rate_limit_error"),
+        500: ("InternalServerError", "server_error", "api_error"),
+        502: ("InternalServerError", "server_error", "api_error"),
+        503: ("InternalServerError", "server_error", "overloaded_error"),
+        504: ("InternalServerError", "server_error", "timeout_error"),
+    }
+
+    def __init__(self, dialect: str, url: str, key: str = KEY) -> None:
+        self.dialect = dialect
+        self.package: Any = anthropic if dialect == "anthropic" else openai
+        self.url = url
+        self.http: Any = httpx2.Client(trust_env=False, timeout=30)
+        options: Any = {"api_key": key, "http_client": self.http, "max_retries": 0}
+        if dialect == "anthropic":
+            self.sdk: Any = anthropic.Anthropic(base_url=url, **options)
+            self.path, self._create = "/v1/messages", self.sdk.messages.create
+        else:
+            self.sdk = openai.OpenAI(base_url=f"{url}/v1", **options)
+            self.path, self._create = "/v1/chat/completions", self.sdk.chat.completions.create
+
+    def ask(self, fault: str = "", headers: dict[str, str] | None = None, **changes: Any) -> Any:
+        """A chat of the package's own API, with a fault of the simulator."""
+        faults = {"X-Simulator-Fault": fault} if fault else {}
+        return self._create(**{**self._ASK, **changes}, extra_headers={**faults, **(headers or {})})
+
+    def post(self, content: Any, path: str = "") -> Any:
+        """Send with the package what only a broken program would send."""
+        options = {"headers": {"Content-Type": "application/json"}}
+        target = self.url + (path or self.path)
+        return self.sdk.post(target, content=content, cast_to=object, options=options)
+
+    def raised(self, status: int, call: Callable[[], Any], code: str | None = None) -> Any:
+        """The exception that a call raises: of the package's right class, with everything that
+        the contract puts into every error, and OpenAI's ``code`` if one is given."""
+        name, openai_type, anthropic_type = self._ERRORS[status]
+        with pytest.raises(getattr(self.package, name)) as caught:
+            call()
+        error: Any = caught.value
+        answer = error.response
+        assert error.status_code == answer.status_code == status
+        assert answer.headers["x-request-id"]
+        assert answer.headers["content-type"].startswith("application/json")
+        content = answer.json()
+        told = content["error"]
+        if str(answer.request.url).endswith("/messages"):
+            assert (set(content), content["type"]) == ({"type", "error"}, "error")
+            assert told["type"] == anthropic_type
+        else:
+            assert set(content) == {"error"}
+            assert set(told) == {"message", "type", "param", "code"}
+            assert told["type"] == openai_type
+            assert code is None or told["code"] == code
+        words = str(error).replace("\\'", "'")  # anthropic shows the body's repr
+        assert told["message"] in words
+        assert ("retry-after" in answer.headers) == (status in (429, 503))
+        return error
+
+
+@pytest.fixture(params=["openai", "anthropic"])
+def sdk(request: pytest.FixtureRequest) -> Iterator[Callable[..., SdkClient]]:
+    """Make clients of a gateway with each of the two packages."""
+    made: list[SdkClient] = []
+
+    def make(gateway: Gateway, key: str = SdkClient.KEY) -> SdkClient:
+        made.append(SdkClient(request.param, gateway.url, key))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.http.close()

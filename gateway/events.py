@@ -1,0 +1,344 @@
+"""The shared event queue: anybody publishes, every ``/debug/stream`` of every worker shows it.
+
+:meth:`EventBus.publish` appends to a bounded queue in memory and returns; one greenlet per worker
+writes what is there to the shared store, one tailer per worker, alive only while somebody listens,
+reads what all workers wrote. Neither a slow store nor a slow reader is felt by a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import gevent
+from gevent.event import Event
+
+from gateway.errors import GatewayError, dumps
+from gateway.store import Batch, SharedStore, StoredEvent, StoreError, merge
+
+#: Events that wait in one worker for a store that does not take them; the oldest are dropped.
+MAX_WAITING = 20_000
+#: Events written at once, and seconds in which they are collected.
+MAX_BATCH = 2_000
+COLLECT_SECONDS = 0.02
+#: Seconds between two attempts at a store that failed.
+RETRY_SECONDS = 0.5
+#: Seconds between two looks for requests whose worker has died.
+LOST_SECONDS = 1.0
+#: Events that a worker keeps in memory for its readers, and the most that one read takes.
+MAX_RECENT = 2_000
+#: Readers of one worker; one more gets 503.
+MAX_SUBSCRIBERS = 100
+
+#: Every event there is, in the order of the contract (§6); ``gap`` tells of lost ones.
+TYPES = (
+    "connected",
+    "model_load_start",
+    "model_load_progress",
+    "model_load_complete",
+    "model_unload_start",
+    "model_unload_complete",
+    "model_activate",
+    "model_deactivate",
+    "inference_start",
+    "inference_complete",
+    "error",
+    "gap",
+)
+
+#: Events that begin and end what /debug/status shows as running.
+_BEGINS = {"inference_start", "model_load_start"}
+_ENDS = {"inference_complete", "model_load_complete", "error"}
+
+logger = logging.getLogger(__name__)
+
+Published = tuple[str, dict[str, Any], float, str]
+
+
+class TooManySubscribers(GatewayError):
+    """This worker has as many readers of the event stream as it takes."""
+
+    status, code = 503, "too_many_subscribers"
+    headers = [("Retry-After", "30")]
+
+
+class EventBus:
+    """The event queue of one worker."""
+
+    def __init__(self, store: SharedStore, on_drop: Callable[[int], None] = lambda count: None):
+        self._store = store
+        self._on_drop = on_drop
+        self._waiting: deque[Published] = deque()
+        self._arrived = Event()
+        self._dropped = 0
+        self._writer: gevent.Greenlet | None = None
+        self._tail = Tail(store)
+
+    def publish(self, event: str, data: dict[str, Any], operation: str = "") -> None:
+        """Tell an event. ``operation`` names what begins or ends with it (a request's id, say)."""
+        waiting = self._waiting
+        if len(waiting) >= MAX_WAITING:
+            waiting.popleft()
+            self._dropped += 1
+            self._on_drop(1)
+        waiting.append((event, data, time.time(), operation))
+        if not self._arrived.is_set():
+            self._arrived.set()
+
+    def start(self) -> None:
+        """Start writing; in the worker, after the fork."""
+        if self._writer is None:
+            self._writer = gevent.spawn(self._write_for_ever)
+
+    def subscribe(self, last_id: int | None, types: frozenset[str]) -> Iterator[bytes | None]:
+        """The event stream from behind ``last_id`` (None: from now on) as SSE frames, None where
+        nothing has happened for a while. Raises TooManySubscribers or StoreError at once."""
+        return self._tail.subscribe(last_id, types)
+
+    @property
+    def subscribers(self) -> int:
+        return self._tail.subscribers
+
+    def stop_streams(self) -> None:
+        """End all streams of this worker."""
+        self._tail.stop()
+
+    def stop(self) -> None:
+        """Write what still waits, as far as the store takes it at once."""
+        self.stop_streams()
+        if self._writer is not None:
+            self._writer.kill()
+            self._writer = None
+        try:
+            while self._waiting:
+                self._store.append(self._take())
+        except StoreError:
+            logger.warning("%d events were lost at the end", len(self._waiting))
+
+    def _write_for_ever(self) -> None:
+        next_look = 0.0
+        while True:
+            self._arrived.wait(LOST_SECONDS)
+            gevent.sleep(COLLECT_SECONDS)
+            self._arrived.clear()
+            while self._waiting:
+                self._write(self._take())
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOST_SECONDS
+                self._tell_lost()
+
+    def _write(self, batch: Batch) -> None:
+        """Write a batch, as often as it takes."""
+        complained = False
+        while True:
+            try:
+                self._store.append(batch)
+                return
+            except StoreError as error:
+                if not complained:
+                    complained = True
+                    logger.warning("events wait: %s", error.message)
+                gevent.sleep(RETRY_SECONDS)
+
+    def _take(self) -> Batch:
+        """Up to MAX_BATCH of the waiting events, with a ``gap`` in front if some were dropped."""
+        batches = []
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            batches.append(_batch("gap", {"missed": dropped}, time.time(), ""))
+        for _ in range(min(len(self._waiting), MAX_BATCH)):
+            batches.append(_batch(*self._waiting.popleft()))
+        return merge(batches)
+
+    def _tell_lost(self) -> None:
+        try:
+            lost = self._store.take_lost()
+        except StoreError:
+            return
+        for operation in lost:
+            took = {"totalTimeMs": round((time.time() - operation["startedAt"]) * 1000)}
+            told = {"operation": operation["operation"], "error": "The worker process died."}
+            request_id = operation.get("requestId")
+            if request_id is None:
+                self.publish("error", {**told, **took})
+                continue
+            self.publish("error", {"requestId": request_id, **told, **took})
+            self.publish("inference_complete", lost_completion(request_id, took["totalTimeMs"]))
+
+
+def lost_completion(request_id: str, total_ms: int) -> dict[str, Any]:
+    """``inference_complete`` of a request whose worker died."""
+    tokens = {"promptTokens": None, "completionTokens": None, "totalTokens": None}
+    return {
+        "requestId": request_id,
+        "status": 502,
+        "totalTimeMs": total_ms,
+        "ttftMs": None,
+        "tokenUsage": tokens,
+        "tokensPerSec": None,
+        "cancelled": False,
+    }
+
+
+class Tail:
+    """The events of all workers as they come, for the readers of one worker.
+
+    The tailer keeps the newest frames in memory; a reader has nothing but its place. One that is
+    too slow for the memory reads the store, one that is too slow for the store gets a ``gap``.
+    """
+
+    #: Seconds for which a reader waits before it gets a comment.
+    HEARTBEAT = 15.0
+
+    def __init__(self, store: SharedStore) -> None:
+        self._store = store
+        self._recent: deque[tuple[int, str, bytes]] = deque(maxlen=MAX_RECENT)
+        self._newest = 0
+        self._news = Event()
+        self._reader: gevent.Greenlet | None = None
+        self._stopping = False
+        self.subscribers = 0
+
+    def subscribe(self, last_id: int | None, types: frozenset[str]) -> Iterator[bytes | None]:
+        if self.subscribers >= MAX_SUBSCRIBERS:
+            raise TooManySubscribers("Too many readers of the event stream; try again later.")
+        oldest, newest = self._store.span()
+        if last_id is None or last_id < 0:
+            last_id = newest
+        return _Subscription(self, self._frames(last_id, oldest, newest, types))
+
+    def enter(self) -> None:
+        """A reader has come: make sure that somebody reads the log."""
+        self.subscribers += 1
+        if self._reader is None:
+            self._recent.clear()
+            self._newest = self._store.span()[1]
+            self._reader = gevent.spawn(self._read_for_ever)
+
+    def leave(self) -> None:
+        """A reader has gone; with the last one the tailer ends."""
+        self.subscribers -= 1
+        if not self.subscribers and self._reader is not None:
+            self._reader.kill(block=False)
+            self._reader = None
+
+    def stop(self) -> None:
+        """End every reader's stream."""
+        self._stopping = True
+        self._tell_readers()
+
+    def _frames(
+        self, place: int, oldest: int, newest: int, types: frozenset[str]
+    ) -> Iterator[bytes | None]:
+        if place > newest:
+            # an id of another log (a new Redis, say): all that this one holds is new
+            place = oldest - 1
+        yield b"retry: 3000\n" + _frame(place, "connected", _connected())
+        while not self._stopping:
+            news = self._news
+            frames, place = self._behind(place, types)
+            if frames:
+                yield frames
+            elif place >= self._newest and not news.wait(self.HEARTBEAT):
+                yield None
+
+    def _behind(self, place: int, types: frozenset[str]) -> tuple[bytes, int]:
+        """The frames behind a place, and the new place."""
+        if place >= self._newest:
+            return b"", place
+        if self._recent and self._recent[0][0] <= place + 1:
+            found = [entry for entry in self._recent if entry[0] > place]
+            return _join(found, types), found[-1][0] if found else place
+        return self._from_store(place, types)
+
+    def _from_store(self, place: int, types: frozenset[str]) -> tuple[bytes, int]:
+        try:
+            stored = self._store.after(place, 500)
+        except StoreError:
+            gevent.sleep(RETRY_SECONDS)
+            return b"", place
+        if not stored:
+            return b"", max(place, self._newest)
+        gap = b""
+        if stored[0].id > place + 1:
+            missed = stored[0].id - place - 1
+            gap = _frame(stored[0].id - 1, "gap", _gap(missed))
+        entries = [(event.id, event.type, _frame(*event)) for event in stored]
+        return gap + _join(entries, types), stored[-1].id
+
+    def _read_for_ever(self) -> None:
+        while True:
+            try:
+                self._store.wait(self._newest, 1.0)
+                stored = self._store.after(self._newest, MAX_RECENT)
+            except StoreError:
+                gevent.sleep(RETRY_SECONDS)
+                continue
+            if stored:
+                self._take(stored)
+                self._tell_readers()
+
+    def _tell_readers(self) -> None:
+        news, self._news = self._news, Event()
+        news.set()
+
+    def _take(self, stored: list[StoredEvent]) -> None:
+        if stored[0].id != self._newest + 1:
+            self._recent.clear()  # what is kept in memory has no holes
+        self._recent.extend((event.id, event.type, _frame(*event)) for event in stored)
+        self._newest = stored[-1].id
+
+
+class _Subscription(Iterator[bytes | None]):
+    """A reader's stream, which counts as a subscriber from its first piece to its end."""
+
+    def __init__(self, tail: Tail, frames: Iterator[bytes | None]) -> None:
+        self._tail = tail
+        self._frames = frames
+        self._entered = True
+        tail.enter()
+
+    def __next__(self) -> bytes | None:
+        return next(self._frames)
+
+    def close(self) -> None:
+        if self._entered:
+            self._entered = False
+            self._tail.leave()
+
+
+def timestamp(moment: float) -> str:
+    """ISO 8601 in UTC with milliseconds."""
+    text = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def _batch(event: str, data: dict[str, Any], moment: float, operation: str) -> Batch:
+    batch = Batch(events=[(event, dumps({"timestamp": timestamp(moment), **data}))])
+    if operation and event in _BEGINS:
+        kind = "inference" if event == "inference_start" else "model_load"
+        running = {"operation": kind, "startedAt": moment, **data}
+        batch.begun[operation] = dumps(running)
+    elif operation and event in _ENDS:
+        batch.ended.add(operation)
+    return batch
+
+
+def _frame(event_id: int, event: str, data: bytes) -> bytes:
+    return b"id: %d\nevent: %b\ndata: %b\n\n" % (event_id, event.encode(), data)
+
+
+def _join(entries: list[tuple[int, str, bytes]], types: frozenset[str]) -> bytes:
+    return b"".join(frame for _, kind, frame in entries if not types or kind in types)
+
+
+def _connected() -> bytes:
+    return dumps({"timestamp": timestamp(time.time()), "message": "Connected to the event stream"})
+
+
+def _gap(missed: int) -> bytes:
+    return dumps({"timestamp": timestamp(time.time()), "missed": missed})

@@ -1,0 +1,240 @@
+"""The shared state in Redis: several workers on several machines.
+
+Events are a Redis Stream whose ids are whole numbers handed out by one Lua script, so that they are
+strictly increasing and without holes. A change of the active model is announced by publish, and the
+announcing worker waits until each worker that heard it has said so: from its answer on, all agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar, cast
+
+import gevent
+import redis
+from gevent.event import Event
+
+from gateway.store import MAX_EVENTS, Active, Batch, StoredEvent, StoreError
+
+PREFIX = "lmstudio-gateway:"
+ACTIVE = PREFIX + "active"
+SEQUENCE = PREFIX + "sequence"
+EVENTS = PREFIX + "events"
+IN_FLIGHT = PREFIX + "in-flight"
+LATEST = PREFIX + "latest:"
+COUNTERS = PREFIX + "counters"
+CHANGES = PREFIX + "changes"
+
+#: Seconds for one command.
+COMMAND_TIMEOUT = 2.0
+#: Seconds that the other workers get to notice a change of the active model.
+AGREE_TIMEOUT = 1.0
+#: Seconds without a sign of life after which a worker counts as dead, and between two signs.
+ALIVE_SECONDS = 5
+SIGN_SECONDS = 1.0
+#: Counters of a gateway that has not told any for this long are not added any more.
+COUNTERS_SECONDS = 15
+#: How many of the newest events of a type can be asked for.
+KEPT_LATEST = 1000
+
+_T = TypeVar("_T")
+
+#: KEYS: sequence, events. ARGV: most events, then type and data of each event.
+_APPEND = """
+for i = 2, #ARGV, 2 do
+  local id = redis.call('INCR', KEYS[1])
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[1], id .. '-0', 't', ARGV[i], 'd', ARGV[i + 1])
+end
+return 1
+"""
+#: Removes and returns what belongs to workers without a sign of life.
+_TAKE_LOST = """
+local lost = {}
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local worker = string.match(all[i + 1], '^[^ ]+')
+  if redis.call('EXISTS', ARGV[1] .. worker) == 0 then
+    redis.call('HDEL', KEYS[1], all[i])
+    table.insert(lost, string.sub(all[i + 1], #worker + 2))
+  end
+end
+return lost
+"""
+
+
+class RedisStore:
+    """See :class:`gateway.store.SharedStore`."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._redis: Any = redis.Redis.from_url(
+                url, socket_timeout=COMMAND_TIMEOUT, socket_connect_timeout=COMMAND_TIMEOUT
+            )
+        except ValueError:
+            raise StoreError("STATE_URL is not a Redis URL") from None
+        self.machine = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._worker = f"{self.machine}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._active: Active | None = None
+        self._listening = Event()
+        self._append = self._redis.register_script(_APPEND)
+        self._take_lost = self._redis.register_script(_TAKE_LOST)
+        self._tasks = [gevent.spawn(self._listen), gevent.spawn(self._show_life)]
+
+    def active(self) -> Active | None:
+        # the first request of a worker waits until the worker knows; a Redis that is away is
+        # waited for once only
+        if not self._listening.is_set():
+            self._listening.wait(COMMAND_TIMEOUT)
+            self._listening.set()
+        return self._active
+
+    def set_active(self, active: Active | None) -> None:
+        nonce = secrets.token_hex(8)
+        acknowledgements = f"{PREFIX}ack:{nonce}"
+
+        def change() -> int:
+            pipe = self._redis.pipeline()
+            pipe.set(ACTIVE, active.to_json() if active else "null")
+            pipe.publish(CHANGES, nonce)
+            return cast(int, pipe.execute()[1])
+
+        heard = self._try(change)
+        self._active = active
+        self._try(lambda: self._await_all(acknowledgements, heard))
+
+    def append(self, batch: Batch) -> None:
+        arguments: list[Any] = [MAX_EVENTS]
+        for kind, data in batch.events:
+            arguments += [kind, data]
+
+        def write() -> None:
+            pipe = self._redis.pipeline()
+            self._append(keys=[SEQUENCE, EVENTS], args=arguments, client=pipe)
+            for kind, data in batch.events:
+                if kind == "inference_complete":
+                    pipe.lpush(LATEST + kind, data)
+                    pipe.ltrim(LATEST + kind, 0, KEPT_LATEST - 1)
+            prefix = f"{self._worker} ".encode()
+            for key, data in batch.begun.items():
+                pipe.hset(IN_FLIGHT, key, prefix + data)
+            if batch.ended:
+                pipe.hdel(IN_FLIGHT, *batch.ended)
+            pipe.execute()
+
+        self._try(write)
+
+    def after(self, last_id: int, limit: int) -> list[StoredEvent]:
+        found = self._try(lambda: self._redis.xrange(EVENTS, f"({last_id}-0", "+", count=limit))
+        return [_event(*entry) for entry in found]
+
+    def span(self) -> tuple[int, int]:
+        def ends() -> tuple[Any, Any, Any]:
+            pipe = self._redis.pipeline()
+            pipe.xrange(EVENTS, "-", "+", count=1)
+            pipe.xrevrange(EVENTS, "+", "-", count=1)
+            pipe.get(SEQUENCE)
+            return cast("tuple[Any, Any, Any]", tuple(pipe.execute()))
+
+        first, last, sequence = self._try(ends)
+        if not last:
+            return int(sequence or 0) + 1, int(sequence or 0)
+        return _event(*first[0]).id, _event(*last[0]).id
+
+    def latest(self, event_type: str, count: int) -> list[dict[str, Any]]:
+        found = self._try(lambda: self._redis.lrange(LATEST + event_type, 0, count - 1))
+        return [json.loads(data) for data in found]
+
+    def wait(self, last_id: int, timeout: float) -> None:
+        milliseconds = max(1, int(min(timeout, COMMAND_TIMEOUT / 2) * 1000))
+        self._try(lambda: self._redis.xread({EVENTS: f"{last_id}-0"}, count=1, block=milliseconds))
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        running = self._try(lambda: self._redis.hgetall(IN_FLIGHT))
+        entries = [value.split(b" ", 1) for value in running.values()]
+        alive = {worker for worker in {entry[0] for entry in entries} if self._is_alive(worker)}
+        found = [json.loads(data) for worker, data in entries if worker in alive]
+        return sorted(found, key=lambda entry: float(entry["startedAt"]))
+
+    def take_lost(self) -> list[dict[str, Any]]:
+        lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT], args=[PREFIX + "worker:"]))
+        return [json.loads(data) for data in lost]
+
+    def share_counters(self, counters: dict[str, float]) -> None:
+        host = socket.gethostname()
+        key = f"{COUNTERS}:{host}:{os.getppid()}"
+        self._try(lambda: self._redis.set(key, json.dumps(counters), ex=COUNTERS_SECONDS))
+
+    def other_counters(self) -> list[dict[str, float]]:
+        own = f"{COUNTERS}:{socket.gethostname()}:{os.getppid()}".encode()
+
+        def read() -> list[Any]:
+            keys = [key for key in self._redis.scan_iter(COUNTERS + ":*") if key != own]
+            return cast("list[Any]", self._redis.mget(keys)) if keys else []
+
+        return [json.loads(text) for text in self._try(read) if text]
+
+    def ping(self) -> None:
+        self._try(self._redis.ping)
+
+    def close(self) -> None:
+        gevent.killall(self._tasks)
+        self._redis.close()
+
+    def _await_all(self, acknowledgements: str, heard: int) -> None:
+        """Wait for everybody who heard of a change (ourselves among them)."""
+        with gevent.Timeout(AGREE_TIMEOUT, False):
+            for _ in range(heard):
+                self._redis.blpop([acknowledgements], timeout=AGREE_TIMEOUT)
+        self._redis.delete(acknowledgements)
+
+    def _listen(self) -> None:
+        """Follow the changes of the active model, for the life of the worker."""
+        while True:
+            try:
+                pubsub = self._redis.pubsub(ignore_subscribe_messages=False)
+                with pubsub:
+                    pubsub.subscribe(CHANGES)
+                    self._follow(pubsub)
+            except redis.RedisError:
+                gevent.sleep(0.5)
+
+    def _follow(self, pubsub: Any) -> None:
+        while True:
+            message = pubsub.get_message(timeout=COMMAND_TIMEOUT / 2)
+            if message is None:
+                continue
+            # the subscription itself comes as a message: from here on nothing is missed
+            stored = self._redis.get(ACTIVE)
+            self._active = Active.from_json(stored) if stored else None
+            self._listening.set()
+            if message["type"] == "message":
+                acknowledgements = f"{PREFIX}ack:{message['data'].decode()}"
+                pipe = self._redis.pipeline()
+                pipe.rpush(acknowledgements, 1)
+                pipe.expire(acknowledgements, 10)
+                pipe.execute()
+
+    def _show_life(self) -> None:
+        while True:
+            with suppress(redis.RedisError):
+                self._redis.set(f"{PREFIX}worker:{self._worker}", 1, ex=ALIVE_SECONDS)
+            gevent.sleep(SIGN_SECONDS)
+
+    def _is_alive(self, worker: bytes) -> bool:
+        key = PREFIX.encode() + b"worker:" + worker
+        return bool(self._try(lambda: self._redis.exists(key)))
+
+    def _try(self, work: Callable[[], _T]) -> _T:
+        try:
+            return work()
+        except redis.RedisError as error:
+            raise StoreError(f"The shared state in Redis can't be used: {error}.") from None
+
+
+def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> StoredEvent:
+    return StoredEvent(int(entry_id.split(b"-")[0]), fields[b"t"].decode(), fields[b"d"])

@@ -1,0 +1,111 @@
+"""gunicorn's side of the gateway: the worker class and the master's hooks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gunicorn import glogging
+from gunicorn.workers.ggevent import GeventWorker
+
+#: prometheus-client's own variable for multiprocess mode.
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_METRICS_PREFIX = "lmstudio-gateway-metrics-"
+#: Seconds after SIGTERM for which idle client connections are kept.
+IDLE_AT_END = 1.0
+#: Seconds before the end of the grace period at which running streams get an error event.
+LAST_WORDS = 2.0
+
+
+class Logger(glogging.Logger):  # type: ignore[misc]
+    """gunicorn's logger without its access log: the gateway writes its own."""
+
+    def access(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: not even the making of a line that nobody prints."""
+
+
+class Worker(GeventWorker):  # type: ignore[misc]
+    """gunicorn's gevent worker, which tells the application when it begins and ends to serve, and
+    does not wait at its end for client connections that are merely kept open."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._idle: set[_Idle] = set()
+
+    def timeout_ctx(self) -> _Idle:
+        """What gunicorn waits in for the next request of a connection."""
+        return _Idle(self.cfg.keepalive, self._idle)
+
+    def run(self) -> None:
+        parts = self.wsgi.extensions["gateway"]
+        parts.start()
+        try:
+            super().run()
+        finally:
+            parts.stop()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM: accept no more; event streams end now, inference streams may finish."""
+        super().handle_exit(sig, frame)
+        # in a greenlet: a signal handler must not take locks
+        gevent.spawn(self._drain)
+
+    def _drain(self) -> None:
+        waiting = set(self._idle)
+        self.wsgi.extensions["gateway"].drain()
+        # A client that is about to send its next request gets it answered, with Connection: close.
+        gevent.sleep(IDLE_AT_END)
+        for idle in waiting & self._idle:
+            idle.end()
+        gevent.sleep(max(0.0, self.cfg.graceful_timeout - IDLE_AT_END - LAST_WORDS))
+        self.wsgi.extensions["gateway"].proxy.cut_all()
+
+
+class _Idle:
+    """Waiting for a request on one connection, for a limited time."""
+
+    def __init__(self, timeout: float, everybody: set[_Idle]) -> None:
+        self._timeout = gevent.Timeout(timeout, False)
+        self._everybody = everybody
+        self._greenlet: Any = None
+
+    def __enter__(self) -> None:
+        self._greenlet = gevent.getcurrent()
+        self._everybody.add(self)
+        self._timeout.start()
+
+    def __exit__(self, kind: Any, fault: Any, trace: Any) -> bool:
+        self._timeout.close()
+        self._everybody.discard(self)
+        return fault is self._timeout
+
+    def end(self) -> None:
+        """Let the time be over now."""
+        gevent.kill(self._greenlet, self._timeout)
+
+
+def on_starting(server: Any) -> None:
+    """Make the directory of the metrics' counter files, and remove those of masters that died
+    without cleaning up."""
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{_METRICS_PREFIX}*"):
+        pid = left.name.removeprefix(_METRICS_PREFIX).partition("-")[0]
+        if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    os.environ[METRICS_VARIABLE] = tempfile.mkdtemp(prefix=f"{_METRICS_PREFIX}{os.getpid()}-")
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """A worker has died: its gauges count no more."""
+    from prometheus_client.multiprocess import mark_process_dead
+
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def on_exit(server: Any) -> None:
+    """Remove the counter files."""
+    shutil.rmtree(os.environ[METRICS_VARIABLE], ignore_errors=True)

@@ -1,0 +1,143 @@
+"""A load that is watched: its events, and that a client who leaves cancels it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import pytest
+
+from tests.processes import Gateway, Simulator, eventually
+
+QWEN = "qwen2.5-7b-instruct"
+SLOW = "llama-3.3-70b-instruct"
+EVENTS = {"Accept": "text/event-stream"}
+
+
+def stream(gateway: Gateway, **body: Any) -> Any:
+    return gateway.post("/admin/models/load", body, headers=EVENTS, stream=True)
+
+
+def events(answer: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Every event of an answer; comments are skipped, anything else than one data line fails."""
+    found = []
+    for block in answer.content.decode().split("\n\n"):
+        lines = [line for line in block.split("\n") if line and not line.startswith(":")]
+        if lines:
+            name, data = lines
+            assert name.startswith("event: ")
+            found.append((name[7:], json.loads(data.removeprefix("data: "))))
+    return found
+
+
+def test_a_streamed_load_tells_its_progress_and_its_answer(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    with stream(gateway, modelKey=QWEN, instanceId="one") as answer:
+        assert answer.status_code == 200
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        assert answer.headers["X-Accel-Buffering"] == "no"
+        assert answer.headers["Cache-Control"] == "no-cache"
+        *progress, (last, complete) = events(answer)
+    assert {name for name, _ in progress} == {"model_load_progress"}
+    fractions = [data["progressRaw"] for _, data in progress]
+    assert len(fractions) >= 10
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    for _, data in progress:
+        assert data["progress"] == round(data["progressRaw"] * 100, 1)
+        assert (data["modelKey"], data["instanceId"]) == (QWEN, "one")
+    assert last == "model_load_complete"
+    assert complete["status"] == "loaded"
+    assert (complete["modelKey"], complete["instanceId"]) == (QWEN, "one")
+    assert complete["activated"] is True
+    assert complete["appliedConfig"]["contextLength"] == 4096
+    assert complete["warnings"] == []
+    assert [one["identifier"] for one in simulator.state()["loaded"]] == ["one"]
+
+
+def test_the_progress_comes_while_it_happens(gateway: Gateway, simulator: Simulator) -> None:
+    with stream(gateway, modelKey=SLOW) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == b"event: model_load_progress"
+        assert simulator.state()["loads"][0]["outcome"] == "loading"
+    eventually(lambda: simulator.state()["loads"][0]["outcome"] == "cancelled", 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"modelKey": "deepseek-r1-671b"}, 502, "insufficient memory"),
+        ({"modelKey": "no-such-model"}, 404, "Model not found: no-such-model"),
+        (
+            {"modelKey": QWEN, "loadConfig": {"gpu": {"layers": 5}}},
+            400,
+            "Validation failed",
+        ),
+    ],
+)
+def test_a_failed_load_ends_in_an_error_event(
+    gateway: Gateway, body: dict[str, Any], status: int, words: str
+) -> None:
+    with stream(gateway, **body) as answer:
+        assert answer.status_code == 200
+        request_id = answer.headers["X-Request-Id"]
+        name, told = events(answer)[-1]
+    assert name == "error"
+    assert words in told["error"]
+    assert (told["status"], told["requestId"]) == (status, request_id)
+
+
+def test_an_error_event_has_the_details_of_a_validation(gateway: Gateway) -> None:
+    with stream(gateway, modelKey=QWEN, loadConfig={"gpu": {"layers": 5}}) as answer:
+        told = events(answer)[-1][1]
+    assert told["details"][0]["path"] == ["loadConfig", "gpu", "layers"]
+
+
+def test_a_bad_body_is_refused_before_the_stream_begins(gateway: Gateway) -> None:
+    with stream(gateway, modelKey="") as answer:
+        assert answer.status_code == 400
+        assert answer.json()["details"]
+
+
+def slow_load(simulator: Simulator) -> dict[str, Any] | None:
+    return next((load for load in simulator.state()["loads"] if load["modelKey"] == SLOW), None)
+
+
+def send_and_leave(gateway: Gateway, simulator: Simulator, accept: str) -> None:
+    """Ask for the slow load on a socket of our own and close it once the load runs."""
+    body = json.dumps({"modelKey": SLOW}).encode()
+    head = (
+        f"POST /admin/models/load HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", gateway.port)) as client:
+        client.sendall(head.encode() + body)
+        eventually(lambda: (load := slow_load(simulator)) and load["progress"] > 0.02)
+
+
+@pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
+def test_a_client_that_leaves_cancels_the_load(
+    gateway: Gateway, simulator: Simulator, accept: str
+) -> None:
+    send_and_leave(gateway, simulator, accept)
+
+    def outcome() -> Any:
+        return simulator.state()["loads"][0]["outcome"]
+
+    assert eventually(lambda: outcome() != "loading" and outcome(), 3) == "cancelled"
+    assert gateway.get("/admin/models").json()["loaded"] == []
+    assert gateway.get("/admin/models").json()["active"] is None
+    assert gateway.post("/admin/models/load", {"modelKey": QWEN}).status_code == 200
+
+
+def test_a_client_that_leaves_does_not_disturb_another_load(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    with stream(gateway, modelKey=QWEN) as kept:
+        send_and_leave(gateway, simulator, "*/*")
+        assert events(kept)[-1][0] == "model_load_complete"
+    eventually(lambda: (load := slow_load(simulator)) and load["outcome"] == "cancelled", 3)
+    outcomes = {load["modelKey"]: load["outcome"] for load in simulator.state()["loads"]}
+    assert outcomes == {QWEN: "loaded", SLOW: "cancelled"}

@@ -1,0 +1,242 @@
+"""A client that leaves ends its exchange in LM Studio within a second, and nobody else's."""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.nginx import Nginx
+from tests.processes import Gateway, Simulator, eventually
+
+MODEL = "qwen2-1.5b-instruct"
+#: The contract's own limit, in ms.
+LIMIT = 1000
+
+#: What the client waits for when it leaves: whether it streams, how LM Studio takes its time, and
+#: what the client has read by then.
+SITUATIONS = {
+    "mid-stream": (True, {"X-Simulator-Pace-Ms": "50"}, b'"content":"2 "'),
+    "prompt-processing": (True, {"X-Simulator-Prefill-Ms": "60000"}, b""),
+    "plain-before-the-head": (False, {"X-Simulator-Prefill-Ms": "60000"}, b""),
+    "plain-before-the-body": (False, {"X-Simulator-Head-Delay-Ms": "60000"}, b""),
+    "head-before-the-stream": (True, {"X-Simulator-Head-Delay-Ms": "60000"}, b"\r\n\r\n"),
+}
+LEAVING: dict[str, Callable[[socket.socket], None]] = {
+    "close": lambda client: client.close(),
+    "half-close": lambda client: client.shutdown(socket.SHUT_WR),
+}
+Connect = Callable[[], socket.socket]
+
+
+def connect(address: int | str) -> socket.socket:
+    """A connection to a port, or to a Unix socket."""
+    if isinstance(address, int):
+        return socket.create_connection(("127.0.0.1", address), 10)
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(10)
+    client.connect(address)
+    return client
+
+
+@pytest.fixture(scope="module")
+def unix_gateway(shared_simulator: Simulator) -> Iterator[Gateway]:
+    # a Unix socket's path has to be short: pytest's folders are not
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/gateway.sock"
+        gateway = Gateway(Path(folder), shared_simulator.url, GATEWAY_HOST=f"unix:{path}")
+        yield gateway
+        gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def unix_nginx(unix_gateway: Gateway) -> Iterator[Nginx]:
+    front = Nginx(unix_gateway.folder / "nginx", f"unix:{unix_gateway.unix}")
+    yield front
+    front.stop()
+
+
+_FRONTS = {
+    "tcp": ("shared_gateway", "port"),
+    "unix": ("unix_gateway", "unix"),
+    "nginx": ("shared_nginx", "port"),
+    "nginx-unix": ("unix_nginx", "port"),
+}
+
+
+@pytest.fixture(params=_FRONTS)
+def front(request: pytest.FixtureRequest, simulator: Simulator) -> Connect:
+    """Connects to the gateway: directly, over its Unix socket, or through an nginx."""
+    fixture, attribute = _FRONTS[request.param]
+    address = getattr(request.getfixturevalue(fixture), attribute)
+    return lambda: connect(address)
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def direct(request: pytest.FixtureRequest, simulator: Simulator) -> Connect:
+    """Connects to the gateway without an nginx."""
+    fixture, attribute = _FRONTS[request.param]
+    address = getattr(request.getfixturevalue(fixture), attribute)
+    return lambda: connect(address)
+
+
+def chat(stream: bool, headers: dict[str, str], count: int = 5000) -> bytes:
+    """A chat request as it goes on the wire."""
+    content = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": f"count to {count}"}],
+        "stream": stream,
+    }
+    body = json.dumps(content).encode()
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def read_until(client: socket.socket, mark: bytes) -> bytes:
+    """What came, up to and including the arrival that completed ``mark``."""
+    received = b""
+    while mark not in received:
+        piece = client.recv(65536)
+        assert piece, received
+        received += piece
+    return received
+
+
+def running(simulator: Simulator, count: int = 1) -> Callable[[], bool]:
+    return lambda: len([r for r in simulator.requests() if r["outcome"] == "running"]) == count
+
+
+def assert_cancelled(simulator: Simulator, left: float) -> None:
+    """The only exchange ended, because its client left, within the limit."""
+    eventually(running(simulator, 0), 5)
+    (record,) = simulator.requests()
+    assert record["outcome"] == "client_gone"
+    assert -5 <= record["endedMs"] - left * 1000 <= LIMIT
+
+
+def assert_serves(connect: Connect) -> None:
+    with closing(connect()) as client:
+        client.sendall(chat(False, {"Connection": "close"}, 3))
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 200 "), answer
+    assert b"1 2 3 " in answer
+
+
+@pytest.mark.parametrize("leave", LEAVING.values(), ids=LEAVING)
+@pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
+def test_a_client_that_leaves_ends_its_exchange(
+    simulator: Simulator,
+    front: Connect,
+    situation: tuple[bool, dict[str, str], bytes],
+    leave: Callable[[socket.socket], None],
+) -> None:
+    stream, headers, seen = situation
+    with closing(front()) as client:
+        client.sendall(chat(stream, headers))
+        eventually(running(simulator))
+        read_until(client, seen)
+        left = time.time()
+        leave(client)
+        assert_cancelled(simulator, left)
+    assert_serves(front)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
+def test_a_client_that_pipelined_another_request_and_left_ends_its_exchange(
+    simulator: Simulator, direct: Connect, situation: tuple[bool, dict[str, str], bytes]
+) -> None:
+    stream, headers, seen = situation
+    client = direct()
+    client.sendall(chat(stream, headers))
+    eventually(running(simulator))
+    client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: gateway\r\n\r\n")
+    read_until(client, seen)
+    left = time.time()
+    client.close()
+    assert_cancelled(simulator, left)
+    assert_serves(direct)
+
+
+def test_a_client_that_resets_its_connection_ends_its_exchange(
+    simulator: Simulator, gateway: Gateway
+) -> None:
+    client = connect(gateway.port)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    client.sendall(chat(False, {"X-Simulator-Prefill-Ms": "60000"}))
+    eventually(running(simulator))
+    left = time.time()
+    client.close()
+    assert_cancelled(simulator, left)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_upload_ends_its_exchange(
+    simulator: Simulator, direct: Connect
+) -> None:
+    client = direct()
+    client.sendall(
+        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: gateway\r\n"
+        b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n--x\r\n"
+    )
+    eventually(running(simulator))
+    left = time.time()
+    client.close()
+    assert_cancelled(simulator, left)
+    assert_serves(direct)
+
+
+def test_a_client_that_waits_is_left_alone(simulator: Simulator, front: Connect) -> None:
+    with closing(front()) as client, closing(front()) as leaver:
+        slow = {"X-Simulator-Prefill-Ms": "1500", "Connection": "close"}
+        client.sendall(chat(False, slow, 3))
+        leaver.sendall(chat(False, slow, 3))
+        eventually(running(simulator, 2))
+        leaver.close()
+        assert b"1 2 3 " in read_until(client, b"1 2 3 ")
+    assert sorted(r["outcome"] for r in simulator.requests()) == ["client_gone", "complete"]
+
+
+def test_a_pipelined_request_is_answered_in_its_turn(simulator: Simulator, direct: Connect) -> None:
+    with closing(direct()) as client:
+        client.sendall(chat(False, {"X-Simulator-Prefill-Ms": "600"}, 3))
+        eventually(running(simulator))
+        client.sendall(chat(False, {}, 4))
+        answers = read_until(client, b"1 2 3 4 ")
+    assert answers.index(b"1 2 3 ") < answers.index(b"1 2 3 4 ")
+    assert [r["outcome"] for r in simulator.requests()] == ["complete", "complete"]
+
+
+def test_clients_that_left_leave_no_socket_behind(
+    simulator: Simulator, launch: Callable[..., Gateway]
+) -> None:
+    gateway = launch()
+    clients = []
+    for number in range(60):
+        stream, headers, _ = list(SITUATIONS.values())[number % len(SITUATIONS)]
+        clients.append(connect(gateway.port))
+        clients[-1].sendall(chat(stream, headers))
+    eventually(running(simulator, 60))
+    assert len(sockets(gateway)) == 120
+    for client in clients:
+        client.close()
+    eventually(lambda: not sockets(gateway))
+    assert {r["outcome"] for r in simulator.requests()} == {"client_gone"}
+    assert_serves(lambda: connect(gateway.port))
+
+
+def sockets(gateway: Gateway) -> list[Any]:
+    """The workers' TCP connections, to clients and to LM Studio."""
+    found = []
+    for worker in gateway.workers():
+        found += psutil.Process(worker).net_connections("tcp")
+    return [one for one in found if one.status != psutil.CONN_LISTEN]

@@ -1,0 +1,220 @@
+"""Headers, framing and content codings, both ways."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.processes import Gateway, Simulator
+
+MODEL = "qwen2-1.5b-instruct"
+CHAT = json.dumps(
+    {"model": MODEL, "messages": [{"role": "user", "content": "count to 3"}]}
+).encode()
+
+
+def ask(
+    gateway: Gateway, headers: dict[str, str], path: str = "/v1/chat/completions"
+) -> tuple[http.client.HTTPResponse, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+    connection.request("POST", path, CHAT, headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer, content
+
+
+def received(simulator: Simulator) -> dict[str, str]:
+    """The headers that LM Studio received, each of them once."""
+    pairs = simulator.last_request()["headers"]
+    found = {name.lower(): value for name, value in pairs}
+    assert len(found) == len(pairs)
+    return found
+
+
+def test_hop_by_hop_headers_and_those_named_in_connection_end_here(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    hops = {
+        "Connection": "close, X-Hop , x-other-hop",
+        "X-Hop": "1",
+        "X-Other-Hop": "2",
+        "Keep-Alive": "timeout=5",
+        "TE": "trailers",
+        "Trailer": "X-Sum",
+        "Proxy-Authorization": "Basic abc",
+        "Proxy-Connection": "keep-alive",
+        "X-Kept": "yes",
+    }
+    ask(gateway, hops)
+    found = received(simulator)
+    assert found["x-kept"] == "yes"
+    gone = {name.lower() for name in hops} - {"x-kept", "connection"}
+    assert not gone & set(found)
+    assert "hop" not in found.get("connection", "").lower()
+
+
+def test_lmstudios_hop_by_hop_headers_end_here_and_the_others_arrive(
+    launch: Callable[..., Gateway],
+) -> None:
+    answer = (
+        b"HTTP/1.1 201 Made It\r\nContent-Length: 2\r\nConnection: X-Hop, close\r\nX-Hop: 1\r\n"
+        b"Keep-Alive: timeout=5\r\nProxy-Authenticate: Basic\r\nTrailer: X-Sum\r\n"
+        b"Upgrade: h2c\r\nX-Kept: a\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n"
+        b"Content-Type: text/x-odd; charset=ascii\r\nETag: W/\"1\"\r\n\r\nok"
+    )  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gateway = launch(f"http://127.0.0.1:{listener.getsockname()[1]}", WEB_CONCURRENCY=1)
+        with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
+            client.sendall(b"GET /v1/odd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            upstream, _ = listener.accept()
+            with upstream:
+                upstream.recv(65536)
+                upstream.sendall(answer)
+                relayed = http.client.HTTPResponse(client)
+                relayed.begin()
+                assert relayed.read() == b"ok"
+    assert (relayed.status, relayed.reason) == (201, "Made It")
+    names = {name.lower() for name in relayed.headers}
+    assert not names & {"x-hop", "keep-alive", "proxy-authenticate", "trailer", "upgrade"}
+    assert "x-hop" not in relayed.getheader("Connection", "").lower()
+    assert relayed.headers["X-Kept"] == "a"
+    assert relayed.headers.get_all("Set-Cookie") == ["a=1", "b=2"]
+    assert relayed.headers["Content-Type"] == "text/x-odd; charset=ascii"
+    assert relayed.headers["ETag"] == 'W/"1"'
+
+
+def test_secrets_never_arrive(strict: Gateway, simulator: Simulator) -> None:
+    key = "inference-key-0123456789"
+    secrets = {"Authorization": f"Bearer {key}", "X-API-Key": key, "Cookie": "session=hidden"}
+    answer, _ = ask(strict, secrets)
+    assert answer.status == 200
+    record = simulator.last_request()
+    assert not {name.lower() for name in secrets} & set(received(simulator))
+    assert key not in json.dumps(record["headers"])
+    assert "hidden" not in json.dumps(record["headers"])
+
+
+def test_host_and_length_are_those_of_the_upstream_exchange(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    ask(gateway, {"Host": "front.example:99", "Expect": "100-continue"})
+    found = received(simulator)
+    assert found["host"] == simulator.url.removeprefix("http://")
+    assert found["content-length"] == str(len(CHAT))
+    assert "expect" not in found
+    assert found["x-forwarded-host"] == "front.example:99"
+
+
+FORGED = {
+    "X-Forwarded-For": "6.6.6.6",
+    "X-Forwarded-Proto": "https",
+    "X-Forwarded-Host": "evil.example",
+    "X-Forwarded-Port": "666",
+    "Forwarded": "for=6.6.6.6",
+}
+
+
+def test_an_untrusted_peers_forwarded_headers_are_replaced(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    ask(gateway, FORGED)
+    found = received(simulator)
+    assert found["x-forwarded-for"] == "127.0.0.1"
+    assert found["x-forwarded-proto"] == "http"
+    assert found["x-forwarded-host"] == f"127.0.0.1:{gateway.port}"
+    assert "6.6.6.6" not in json.dumps(found)
+    assert "666" not in found.get("x-forwarded-port", "")
+
+
+def test_a_trusted_proxys_forwarded_headers_are_continued(
+    simulator: Simulator, launch: Callable[..., Gateway]
+) -> None:
+    ask(launch(TRUSTED_PROXIES="127.0.0.1/32", WEB_CONCURRENCY=1), FORGED)
+    found = received(simulator)
+    assert found["x-forwarded-for"] == "6.6.6.6, 127.0.0.1"
+    assert found["x-forwarded-proto"] == "https"
+    assert found["x-forwarded-host"] == "evil.example"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/some/thing"])
+def test_a_compressed_answer_is_relayed_as_it_is(
+    gateway: Gateway, simulator: Simulator, path: str
+) -> None:
+    gzipped = {"Accept-Encoding": "gzip", "X-Simulator-Fault": "gzip"}
+    answer, content = ask(gateway, gzipped, path)
+    record = simulator.last_request()
+    assert received(simulator)["accept-encoding"] == "gzip"
+    assert answer.status == 200
+    assert answer.getheader("Content-Encoding") == "gzip"
+    assert answer.getheader("Content-Length") == str(len(content))
+    assert content == record["sent"]
+    assert json.loads(gzip.decompress(content))
+
+
+def test_a_compressed_request_is_passed_on(gateway: Gateway, simulator: Simulator) -> None:
+    body = gzip.compress(CHAT)
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    gateway.http.post(gateway.url + "/v1/chat/completions", data=body, headers=headers, timeout=30)
+    assert simulator.last_request()["body"] == body
+    assert received(simulator)["content-encoding"] == "gzip"
+
+
+def test_a_large_answer_is_the_same_bytes(gateway: Gateway, simulator: Simulator) -> None:
+    answer, content = ask(gateway, {"X-Simulator-Fault": "big-answer"})
+    record = simulator.last_request()
+    assert answer.getheader("Content-Length") == dict(record["sentHeaders"])["Content-Length"]
+    assert content.startswith(record["sent"])
+    assert json.loads(content)["choices"][0]["message"]["content"] == "word " * MIB_WORDS
+
+
+MIB_WORDS = (5 << 20) // 5
+
+
+def test_an_answer_without_a_length_is_complete(gateway: Gateway, simulator: Simulator) -> None:
+    answer, content = ask(gateway, {"X-Simulator-Fault": "no-length"})
+    assert answer.getheader("Content-Length") is None
+    assert content == simulator.last_request()["sent"]
+
+
+def test_a_broken_plain_answer_looks_broken(gateway: Gateway, simulator: Simulator) -> None:
+    with pytest.raises(http.client.IncompleteRead) as caught:
+        ask(gateway, {"X-Simulator-Fault": "break-plain"})
+    assert caught.value.partial == simulator.last_request()["sent"]
+
+
+@pytest.mark.parametrize("fault", ["", "no-length"])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_an_http_1_0_client_gets_an_answer_without_chunks(
+    gateway: Gateway, simulator: Simulator, fault: str, stream: bool
+) -> None:
+    body: Any = {**json.loads(CHAT), "stream": stream, "stream_options": {"include_usage": True}}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(content)}\r\n"
+    head += f"X-Simulator-Fault: {fault}\r\n\r\n" if fault else "\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
+        client.sendall(head.encode() + content)
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+    told, _, payload = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in told.lower()
+    assert payload == simulator.last_request()["sent"]
+
+
+@pytest.mark.parametrize(("key", "status"), [("inference-key-0123456789", 403), ("", 401)])
+def test_the_native_api_needs_the_admin_key(
+    strict: Gateway, simulator: Simulator, key: str, status: int
+) -> None:
+    admin = {"Authorization": "Bearer admin-key-0123456789abc"}
+    assert strict.get("/api/v1/models?x=1", headers=admin).json()["models"]
+    assert simulator.last_request()["target"] == "/api/v1/models?x=1"
+    refused = strict.get("/api/v0/models", headers={"Authorization": f"Bearer {key}"})
+    assert refused.status_code == status
+    assert len(simulator.requests()) == 1

@@ -1,0 +1,225 @@
+"""Long silences: comments between events, and streams that are answered before LM Studio is.
+
+Each case takes longer than ten seconds, so all of them run at once before the first test.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+import pytest
+
+from tests.processes import Gateway, Simulator
+
+MODEL = "qwen2-1.5b-instruct"
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+COMMENT = b": keep-alive\n\n"
+#: What the contract calls a long silence, in seconds.
+LONG = 10.0
+LATE = {"Prefill-Ms": "11000"}
+
+CASES: dict[str, tuple[str, dict[str, str]]] = {
+    "silence": (CHAT, {"Fault": "silent-stream"}),
+    "silence-crlf": (CHAT, {"Fault": "silent-stream,crlf"}),
+    "silence-gzip": (MESSAGES, {"Fault": "silent-stream,gzip"}),
+    "late": (CHAT, LATE),
+    "late-messages": (MESSAGES, LATE),
+    "late-500": (CHAT, {**LATE, "Fault": "refuse-500"}),
+    "late-200": (CHAT, {**LATE, "Fault": "error-200"}),
+    "late-429-messages": (MESSAGES, {**LATE, "Fault": "status-429"}),
+    "late-break": (CHAT, {**LATE, "Fault": "close-before-head"}),
+    "late-break-messages": (MESSAGES, {**LATE, "Fault": "close-before-head"}),
+    "quick": (CHAT, {"Pace-Ms": "100"}),
+}
+FAILED = [name for name in CASES if name.startswith(("late-5", "late-2", "late-4", "late-b"))]
+
+
+@dataclass
+class Seen:
+    """One answer: its head, its pieces and when they came (seconds after the request)."""
+
+    status: int = 0
+    headers: http.client.HTTPMessage = field(default_factory=http.client.HTTPMessage)
+    head_came: float = 0.0
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(piece for _, piece in self.pieces)
+
+
+class HalfEvent:
+    """An LM Studio that falls silent in the middle of an event, and of a character."""
+
+    EVENT = 'data: {"choices":[{"index":0,"delta":{"content":"hä"}}]}\n\n'.encode()
+    AT = EVENT.index("ä".encode()) + 1
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        connection, _ = self.listener.accept()
+        with connection:
+            connection.recv(65536)
+            head = (
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+            )
+            connection.sendall(head + self.EVENT + self.EVENT[: self.AT])
+            time.sleep(LONG + 1.5)
+            connection.sendall(self.EVENT[self.AT :] + b"data: [DONE]\n\n")
+
+    def stop(self) -> None:
+        self.thread.join(30)
+        self.listener.close()
+
+
+def watch(gateway: Gateway, name: str, path: str, simulate: dict[str, str]) -> Seen:
+    """Ask for a stream and note what comes when, for at most two long silences and a bit."""
+    content = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "count to 5"}],
+        "stream": True,
+        "max_tokens": 99,
+    }
+    headers = {"Content-Type": "application/json", "X-Case": name}
+    headers |= {f"X-Simulator-{knob}": value for knob, value in simulate.items()}
+    # a compressed stream can't get comments: its silence is watched for one and a half times LONG
+    patience = LONG * 1.5 if "gzip" in name else LONG * 3
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=patience)
+    began, seen = time.monotonic(), Seen()
+    connection.request("POST", path, json.dumps(content), headers)
+    answer = connection.getresponse()
+    seen.status, seen.headers = answer.status, answer.headers
+    seen.head_came = time.monotonic() - began
+    try:
+        while seen.body.count(COMMENT) < 2 and (piece := answer.read1(65536)):
+            seen.pieces.append((time.monotonic() - began, piece))
+    except (http.client.IncompleteRead, TimeoutError):
+        pass
+    finally:
+        connection.close()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(
+    shared_gateway: Gateway, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Seen]:
+    half = HalfEvent()
+    folder = tmp_path_factory.mktemp("half")
+    other = Gateway(folder, half.url, WEB_CONCURRENCY=1)
+    with ThreadPoolExecutor(len(CASES) + 1) as pool:
+        futures = {
+            name: pool.submit(watch, shared_gateway, name, *case) for name, case in CASES.items()
+        }
+        futures["half-event"] = pool.submit(watch, other, "half-event", CHAT, {})
+        found = {name: future.result() for name, future in futures.items()}
+    half.stop()
+    other.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def sent(seen: dict[str, Seen], shared_simulator: Simulator) -> dict[str, bytes]:
+    """What LM Studio sent, by case."""
+    return {dict(r["headers"])["X-Case"]: r["sent"] for r in shared_simulator.requests()}
+
+
+def without_usage(stream: bytes) -> bytes:
+    return re.sub(rb'data: \{[^\n]*"choices":\[\][^\n]*\n\n', b"", stream)
+
+
+@pytest.mark.parametrize("case", ["silence", "silence-crlf"])
+def test_a_silent_stream_gets_a_comment_every_ten_seconds(
+    seen: dict[str, Seen], sent: dict[str, bytes], case: str
+) -> None:
+    answer = seen[case]
+    assert answer.body == sent[case] + COMMENT * 2
+    comments = [when for when, piece in answer.pieces if piece == COMMENT]
+    silent_since = answer.pieces[-3][0]
+    for number, when in enumerate(comments, 1):
+        assert LONG * number - 0.1 <= when - silent_since <= LONG * number + 3
+
+
+def test_a_lively_stream_gets_no_comment(seen: dict[str, Seen], sent: dict[str, bytes]) -> None:
+    assert seen["quick"].body == without_usage(sent["quick"])
+
+
+def test_a_comment_never_comes_inside_an_event(seen: dict[str, Seen]) -> None:
+    answer = seen["half-event"]
+    assert answer.body == HalfEvent.EVENT * 2 + b"data: [DONE]\n\n"
+    assert answer.pieces[-1][0] >= LONG
+
+
+def test_a_comment_never_comes_inside_a_compressed_stream(
+    seen: dict[str, Seen], sent: dict[str, bytes]
+) -> None:
+    answer = seen["silence-gzip"]
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert answer.body == sent["silence-gzip"]
+
+
+@pytest.mark.parametrize("case", ["late", "late-messages"])
+def test_a_late_stream_is_answered_early_with_a_comment(
+    seen: dict[str, Seen], sent: dict[str, bytes], case: str
+) -> None:
+    answer = seen[case]
+    assert answer.status == 200
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    assert answer.headers["Cache-Control"] == "no-cache"
+    assert answer.head_came >= LONG - 0.1
+    assert answer.body == COMMENT + without_usage(sent[case])
+
+
+@pytest.mark.parametrize("case", FAILED)
+def test_a_late_failure_becomes_an_error_event(seen: dict[str, Seen], case: str) -> None:
+    answer = seen[case]
+    assert answer.status == 200
+    assert answer.body.startswith(COMMENT)
+    event = answer.body.removeprefix(COMMENT)
+    named = b"event: error\n" if case.endswith("messages") else b""
+    assert event.startswith(named + b"data: {")
+    assert event.endswith(b"}\n\n")
+    assert event.count(b"\n\n") == 1
+    told: dict[str, Any] = json.loads(event.removeprefix(named).removeprefix(b"data: "))
+    if named:
+        assert told["type"] == "error"
+    else:
+        assert set(told["error"]) == {"message", "type", "param", "code"}
+    words = {
+        "late-500": "500 Internal Server Error",
+        "late-200": "The model has crashed",
+        "late-429-messages": "Too many requests.",
+    }
+    assert words.get(case, "LM Studio broke the stream off") in told["error"]["message"]
+
+
+def test_a_stream_never_has_ids_retries_or_empty_events(seen: dict[str, Seen]) -> None:
+    for name in set(seen) - {"silence-gzip"}:
+        body = seen[name].body.replace(b"\r\n", b"\n")
+        assert not re.search(rb"^(id|retry)", body, re.MULTILINE), name
+        events = [e for e in body.split(b"\n\n") if e and e + b"\n\n" != COMMENT]
+        assert events, name
+        assert all(re.search(rb"^data: .", event, re.MULTILINE) for event in events), name
+
+
+def test_the_openai_package_reads_over_the_comments(seen: dict[str, Seen]) -> None:
+    from openai._streaming import SSEDecoder
+
+    events = list(SSEDecoder().iter_bytes(iter([seen["late"].body])))
+    assert [e.data for e in events if not e.data] == []
+    chunks = [openai.types.chat.ChatCompletionChunk(**e.json()) for e in events[:-1]]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "1 2 3 4 5 "
