@@ -1,5 +1,5 @@
 """gunicorn's configuration for ``gunicorn wsgi:app``: everything comes from the settings."""
 
-from gateway.server import gunicorn_options, settings_or_exit
+from gateway.server import gunicorn_options, servable_or_exit
 
-globals().update(gunicorn_options(settings_or_exit()))
+globals().update(gunicorn_options(servable_or_exit()))

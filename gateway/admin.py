@@ -164,7 +164,7 @@ def _body(*, optional: bool = False) -> Any:
     if optional and not content.strip():
         return {}
     try:
-        return json.loads(content, parse_constant=_refuse_constant)
+        return json.loads(content.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
 

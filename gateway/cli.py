@@ -20,7 +20,7 @@ def serve() -> None:
     """Serve, as the settings in the environment and .env say."""
     from gateway import server
 
-    server.serve(server.settings_or_exit())
+    server.serve(server.servable_or_exit())
 
 
 @main.command()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 from typing import Any
 
+from flask import Flask
+
 from gateway import logs, worker
 from gateway.settings import Settings, SettingsError, load, read_environment
+from gateway.store import open_sqlite, sqlite_path
 
 #: Connections of one worker; each may be a stream.
 WORKER_CONNECTIONS = 4096
@@ -43,6 +47,7 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         # methods "nobody knows" are LM Studio's to refuse
         "permit_unconventional_http_method": True,
         "on_starting": worker.on_starting,
+        "post_fork": worker.post_fork,
         "child_exit": worker.child_exit,
         "on_exit": worker.on_exit,
         "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
@@ -68,9 +73,29 @@ def settings_or_exit() -> Settings:
     try:
         return load()
     except SettingsError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        raise SystemExit(1) from None
+        raise _exit(error) from None
+
+
+def servable_or_exit() -> Settings:
+    """The settings, with a state that can be opened; else like :func:`settings_or_exit`."""
+    settings = settings_or_exit()
+    try:
+        check_state(settings.state_url)
+    except SettingsError as error:
+        raise _exit(error) from None
+    return settings
+
+
+def check_state(url: str) -> None:
+    """Open the SQLite state once, so that the start fails in words and not in every worker. (A
+    Redis may come later: the gateway serves without it.)"""
+    path = sqlite_path(url, Flask("gateway", static_folder=None).instance_path)
+    if path is None:
+        return
+    try:
+        open_sqlite(path).close()
+    except (OSError, sqlite3.Error) as fault:
+        raise SettingsError([f"STATE_URL: cannot open {path}: {fault}"]) from None
 
 
 def serve(settings: Settings) -> None:
@@ -88,3 +113,9 @@ def serve(settings: Settings) -> None:
             return create_app(settings)
 
     Application().run()
+
+
+def _exit(error: SettingsError) -> SystemExit:
+    for problem in error.problems:
+        print(problem, file=sys.stderr)
+    return SystemExit(1)

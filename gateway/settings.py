@@ -214,7 +214,8 @@ def _origins(text: str) -> frozenset[str]:
     origins = _items(text)
     for origin in origins:
         parts = _split(origin)
-        if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
+        exact = origin == f"{parts.scheme}://{parts.netloc}" and "@" not in origin
+        if parts.scheme not in ("http", "https") or not parts.hostname or not exact:
             raise ValueError(f"{origin!r} is not an origin (scheme://host[:port], nothing behind)")
     return frozenset(origins)
 

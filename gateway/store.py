@@ -148,15 +148,14 @@ class SqliteStore:
     _MAP_BYTES = 24
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._pid = os.getpid()
         self._birth = _birth(self._pid)
         self._lock = threading.Lock()
-        self._database = _connect(path)
+        self._database = open_sqlite(path)
         self._database.executescript(_SCHEMA)
         # The event log has a connection and a real thread of its own: a slow disk delays neither
         # requests nor other greenlets.
-        self._log = _connect(path)
+        self._log = open_sqlite(path)
         self._thread = ThreadPool(1)
         self._map = _map_file(path.with_name(path.name + "-shared"), self._MAP_BYTES)
         self._seen: bytes | None = None
@@ -298,15 +297,22 @@ def open_store(url: str, instance_path: str) -> SharedStore:
 
     Raises :class:`StoreError` when it can't be opened.
     """
-    if url and not url.startswith("sqlite:"):
+    path = sqlite_path(url, instance_path)
+    if path is None:
         from gateway.redis_store import RedisStore
 
         return RedisStore(url)
-    path = Path(url.removeprefix("sqlite:///") if url else os.path.join(instance_path, "state.db"))
     try:
         return SqliteStore(path)
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot open {path}: {error}") from None
+
+
+def sqlite_path(url: str, instance_path: str) -> Path | None:
+    """The file of a SQLite ``STATE_URL`` (empty: in the instance folder); None for another kind."""
+    if not url:
+        return Path(instance_path, "state.db")
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:") else None
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
@@ -321,7 +327,9 @@ def merge(batches: Sequence[Batch]) -> Batch:
     return whole
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def open_sqlite(path: Path) -> sqlite3.Connection:
+    """Open (and make) the state's database. Raises OSError or sqlite3.Error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     database = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=NORMAL")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: accept no more; event streams end now, inference streams may finish."""
         super().handle_exit(sig, frame)
-        # in a greenlet: a signal handler must not take locks
-        gevent.spawn(self._drain)
+        if self.booted:
+            # in a greenlet: a signal handler must not take locks
+            gevent.spawn(self._drain)
 
     def _drain(self) -> None:
         waiting = set(self._idle)
@@ -97,6 +99,12 @@ def on_starting(server: Any) -> None:
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
     os.environ[METRICS_VARIABLE] = tempfile.mkdtemp(prefix=f"{_METRICS_PREFIX}{os.getpid()}-")
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Until gunicorn has set the worker's own signal handlers, a SIGTERM would be lost on those
+    that the worker inherited from the master, and the master would wait for it in vain."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def child_exit(server: Any, worker: Any) -> None:

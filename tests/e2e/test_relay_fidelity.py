@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import socket
 import string
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -156,8 +157,6 @@ ESCAPES = [
 
 @pytest.mark.parametrize("target", ESCAPES)
 def test_a_path_never_escapes(gateway: Gateway, simulator: Simulator, target: str) -> None:
-    import socket
-
     request = f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
         client.sendall(request.encode())

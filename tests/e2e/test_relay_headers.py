@@ -19,15 +19,14 @@ CHAT = json.dumps(
 ).encode()
 
 
-def ask(
-    gateway: Gateway, headers: dict[str, str], path: str = "/v1/chat/completions"
-) -> tuple[http.client.HTTPResponse, bytes]:
+def ask(gateway: Gateway, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
-    connection.request("POST", path, CHAT, headers)
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer, content
+    try:
+        connection.request("POST", "/v1/chat/completions", CHAT, headers)
+        answer = connection.getresponse()
+        return answer, answer.read()
+    finally:
+        connection.close()
 
 
 def received(simulator: Simulator) -> dict[str, str]:
@@ -143,12 +142,9 @@ def test_a_trusted_proxys_forwarded_headers_are_continued(
     assert found["x-forwarded-host"] == "evil.example"
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/some/thing"])
-def test_a_compressed_answer_is_relayed_as_it_is(
-    gateway: Gateway, simulator: Simulator, path: str
-) -> None:
+def test_a_compressed_answer_is_relayed_as_it_is(gateway: Gateway, simulator: Simulator) -> None:
     gzipped = {"Accept-Encoding": "gzip", "X-Simulator-Fault": "gzip"}
-    answer, content = ask(gateway, gzipped, path)
+    answer, content = ask(gateway, gzipped)
     record = simulator.last_request()
     assert received(simulator)["accept-encoding"] == "gzip"
     assert answer.status == 200
@@ -171,10 +167,7 @@ def test_a_large_answer_is_the_same_bytes(gateway: Gateway, simulator: Simulator
     record = simulator.last_request()
     assert answer.getheader("Content-Length") == dict(record["sentHeaders"])["Content-Length"]
     assert content.startswith(record["sent"])
-    assert json.loads(content)["choices"][0]["message"]["content"] == "word " * MIB_WORDS
-
-
-MIB_WORDS = (5 << 20) // 5
+    assert json.loads(content)["choices"][0]["message"]["content"] == "word " * ((5 << 20) // 5)
 
 
 def test_an_answer_without_a_length_is_complete(gateway: Gateway, simulator: Simulator) -> None:

@@ -99,7 +99,7 @@ def test_embeddings_get_the_active_model_only_when_it_is_one(
 def test_odd_names_of_the_active_model_reach_lm_studio(
     gateway: Gateway, simulator: Simulator
 ) -> None:
-    for odd in ('a"b\\c', "ü€😀", "lone \ud800"):
+    for odd in ('a"b\\c', "ü€😀"):
         activate(gateway, odd)
         answer = gateway.post("/v1/chat/completions", {"messages": MESSAGES})
         assert answer.status_code == 400, answer.text
