@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 from typing import Any
 
+import gevent
 from flask import Blueprint, Response, current_app
 
 from gateway import __version__
 from gateway.errors import GatewayError, dumps
+from gateway.events import timestamp
+from gateway.store import StoreError
 
-#: Seconds within which LM Studio must show a sign of life; the contract gives /health one second.
-GREETING_TIMEOUT = 0.7
+#: Seconds within which LM Studio and the state must show a sign of life; the contract gives
+#: ``/health`` one second.
+SIGN_TIMEOUT = 0.7
 
 blueprint = Blueprint("health", __name__)
 
@@ -20,17 +23,20 @@ blueprint = Blueprint("health", __name__)
 @blueprint.get("/health")
 def health() -> Response:
     """200 with ``status`` ``ok`` or ``degraded``: the gateway itself answers."""
-    lmstudio = _lmstudio()
+    parts = current_app.extensions["gateway"]
+    state = gevent.spawn(_state, parts)
+    lmstudio = _lmstudio(parts)
+    state.join()
+    well = lmstudio["connected"] and state.value["connected"]
     return _json(
         200,
         {
-            "status": "ok" if lmstudio["connected"] else "degraded",
-            "timestamp": datetime.now(UTC)
-            .isoformat(timespec="milliseconds")
-            .replace("+00:00", "Z"),
-            "uptime": round(time.time() - current_app.extensions["gateway"].started, 3),
+            "status": "ok" if well else "degraded",
+            "timestamp": timestamp(time.time()),
+            "uptime": round(time.time() - parts.started, 3),
             "version": __version__,
             "lmstudio": lmstudio,
+            "state": state.value,
         },
     )
 
@@ -38,19 +44,26 @@ def health() -> Response:
 @blueprint.get("/health/ready")
 def ready() -> Response:
     """200 when a request could be served now, else 503."""
-    lmstudio = _lmstudio()
-    answer = _json(
-        200 if lmstudio["connected"] else 503,
-        {"ready": lmstudio["connected"], "lmstudio": lmstudio},
-    )
-    if not lmstudio["connected"]:
+    lmstudio = _lmstudio(current_app.extensions["gateway"])
+    connected = lmstudio["connected"]
+    answer = _json(200 if connected else 503, {"ready": connected, "lmstudio": lmstudio})
+    if not connected:
         answer.headers["Retry-After"] = "5"
     return answer
 
 
-def _lmstudio() -> dict[str, Any]:
+def _lmstudio(parts: Any) -> dict[str, Any]:
     try:
-        current_app.extensions["gateway"].upstream.greet(GREETING_TIMEOUT)
+        parts.upstream.greet(SIGN_TIMEOUT)
+    except GatewayError as error:
+        return {"connected": False, "error": error.message}
+    return {"connected": True}
+
+
+def _state(parts: Any) -> dict[str, Any]:
+    try:
+        with gevent.Timeout(SIGN_TIMEOUT, StoreError("The shared state does not answer.")):
+            parts.store.ping()
     except GatewayError as error:
         return {"connected": False, "error": error.message}
     return {"connected": True}

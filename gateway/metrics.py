@@ -18,7 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from gateway.errors import SHORTHAND, GatewayError
-from gateway.health import GREETING_TIMEOUT
+from gateway.health import SIGN_TIMEOUT
 from gateway.record import Record
 
 PREFIX = "lmstudio_gateway"
@@ -192,7 +192,7 @@ def metrics() -> Response:
 
     def upstream_up() -> bool:
         try:
-            parts.upstream.greet(GREETING_TIMEOUT)
+            parts.upstream.greet(SIGN_TIMEOUT)
         except GatewayError:
             return False
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from flask import Flask
@@ -91,6 +92,9 @@ def check_state(url: str) -> None:
     Redis may come later: the gateway serves without it.)"""
     path = sqlite_path(url, Flask("gateway", static_folder=None).instance_path)
     if path is None:
+        if find_spec("redis") is None:
+            extra = "pip install 'lmstudio-gateway[redis]'"
+            raise SettingsError([f"STATE_URL: needs the Redis client ({extra})"])
         return
     try:
         open_sqlite(path).close()

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from gateway.app import create_app
+from gateway.events import TYPES
+from gateway.metrics import Metrics
 from gateway.settings import TABLE, load
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,18 @@ def test_readme_lists_every_route_and_no_other(tmp_path: Path) -> None:
     settings = load({"STATE_URL": f"sqlite:///{tmp_path}/state.db"})
     rules = {str(rule) for rule in create_app(settings).url_map.iter_rules()}
     assert documented == {re.sub(r"<[^>]*>$", "<>", rule) for rule in rules}
+
+
+def test_readme_lists_every_event_and_no_other() -> None:
+    table = README.split("\nEvent  ")[1].split("``GET /debug/status``")[0]
+    assert set(re.findall(r"^``([a-z_]+)`` ", table, re.MULTILINE)) == set(TYPES)
+
+
+def test_readme_lists_every_metric_and_no_other() -> None:
+    table = README.split("\nMetric  ")[1].split("The log goes")[0]
+    shown = set(re.findall(r"^``([a-z_]+)`` ", table, re.MULTILINE))
+    text = Metrics().exposition(lambda: True).decode()
+    assert shown == set(re.findall(r"^# TYPE (\S+) (?!gauge\n.*_created)", text, re.MULTILINE))
 
 
 def test_ci_runs_the_readme_test_command() -> None:
