@@ -165,9 +165,12 @@ def status_line(status: int) -> str:
 
 def dumps(value: Any) -> bytes:
     """Compact UTF-8 JSON, as all bodies and events of the gateway are written."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _encode(value)
     # a lone surrogate that a client sent as an escape can't be UTF-8: keep it an escape
     return text.encode("utf-8", "backslashreplace")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _openai_type(status: int) -> str:

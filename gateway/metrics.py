@@ -62,7 +62,8 @@ class Metrics:
             "The gateway's own work before a request goes to LM Studio.",
             _OVERHEADS,
         )
-        self._tokens = self._counter("tokens", "Tokens, as LM Studio counts them.", "type")
+        tokens = self._counter("tokens", "Tokens, as LM Studio counts them.", "type")
+        self._input_tokens, self._output_tokens = tokens.labels("input"), tokens.labels("output")
         self._with_tokens = self._counter("requests_with_tokens", "Exchanges that told tokens.")
         self._auth_failures = self._counter("auth_failures", "Requests turned away.", "reason")
         self._loads = self._counter("model_loads", "Model loads that ended.", "outcome")
@@ -95,8 +96,8 @@ class Metrics:
                 self._upstream.observe(record.upstream_head - record.upstream_sent)
         if record.tokens:
             self._with_tokens.inc()
-            self._tokens.labels("input").inc(record.tokens.get("promptTokens", 0))
-            self._tokens.labels("output").inc(record.tokens.get("completionTokens", 0))
+            self._input_tokens.inc(record.tokens.get("promptTokens", 0))
+            self._output_tokens.inc(record.tokens.get("completionTokens", 0))
 
     def turned_away(self, reason: str) -> None:
         """A request had no access; ``reason`` is the error's code."""

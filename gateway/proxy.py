@@ -375,8 +375,12 @@ def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
         try:
             with gevent.Timeout(READ_TIMEOUT, RequestTimeout("The request body came too slowly.")):
                 piece = source.read(wanted)
-        except (OSError, ValueError) as fault:
-            raise BadRequest(f"The request body can't be read: {fault}.") from None
+        except GatewayError:
+            raise
+        except Exception as fault:
+            # each WSGI server has its own exceptions for a body that breaks off or breaks rules
+            what = type(fault).__name__
+            raise BadRequest(f"The request body can't be read: {what}.") from None
         if not piece:
             break
         size += len(piece)

@@ -42,8 +42,10 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "loglevel": settings.log_level.replace("warn", "warning"),
         "logconfig_dict": logs.configuration(settings.log_level, settings.log_format),
         "control_socket_disable": True,
-        # X-Forwarded-* and friends are read by gateway.access alone
-        "forwarded_allow_ips": "",
+        # X-Forwarded-* and friends are read by gateway.access alone: gunicorn takes nothing from
+        # them, and so need not look at the peer's address for each request
+        "forwarded_allow_ips": "*",
+        "secure_scheme_headers": {},
         "forwarder_headers": "",
         # methods "nobody knows" are LM Studio's to refuse
         "permit_unconventional_http_method": True,

@@ -6,12 +6,36 @@ import os
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gevent
 from gunicorn import glogging
+from gunicorn.http.errors import (
+    ExpectationFailed,
+    InvalidResponseHeader,
+    LimitRequestHeaders,
+    LimitRequestLine,
+    ParseException,
+    UnsupportedTransferCoding,
+)
 from gunicorn.workers.ggevent import GeventWorker
+
+from gateway import errors
+from gateway.access import name_request
+from gateway.errors import GatewayError
+
+#: Statuses of what gunicorn's parser refuses; anything else is a 400.
+_REFUSALS = {
+    LimitRequestLine: 414,
+    LimitRequestHeaders: 431,
+    ExpectationFailed: 417,
+    UnsupportedTransferCoding: 501,
+}
+#: The path of such a request may not be known: the answer is in the dialect of most clients.
+_UNKNOWN_PATH = "/v1/"
+_CODE = "bad_request"
 
 #: prometheus-client's own variable for multiprocess mode.
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -48,6 +72,23 @@ class Worker(GeventWorker):  # type: ignore[misc]
             super().run()
         finally:
             parts.stop()
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Refuse what gunicorn can't read as HTTP, in JSON instead of gunicorn's HTML page, and
+        without the offending bytes in the log: a key may be among them."""
+        refused = isinstance(exc, ParseException) and not isinstance(exc, InvalidResponseHeader)
+        status = _REFUSALS.get(type(exc), 400) if refused else 500
+        what = type(exc).__name__
+        if refused:
+            self.log.info("refused what is no HTTP request of ours: %s", what)
+        else:
+            self.log.error("error handling a request", exc_info=exc)
+        error = GatewayError(f"The request can't be served: {what}.", status=status, code=_CODE)
+        line, headers, body = errors.response(error, _UNKNOWN_PATH, "")
+        headers += [("Connection", "close"), ("X-Request-Id", name_request({}))]
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        with suppress(OSError), gevent.Timeout(1, False):
+            client.sendall(f"HTTP/1.1 {line}\r\n{head}\r\n".encode("latin-1") + body)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: accept no more; event streams end now, inference streams may finish."""
