@@ -22,8 +22,8 @@ from gateway.models import Models
 from gateway.store import SharedStore, open_store
 from gateway.upstream import Upstream
 
-#: Seconds between two tellings of this machine's counters to the others.
-COUNTERS_SECONDS = 1.0
+#: Seconds between two tellings of this machine's counters to the others, and other housekeeping.
+HOUSE_SECONDS = 1.0
 
 _BLUEPRINTS = (
     health.blueprint,
@@ -54,7 +54,7 @@ class Gateway:
         """The worker begins to serve."""
         self.events.start()
         self.log.start()
-        gevent.spawn(self._share_counters)
+        gevent.spawn(self._keep_house)
 
     def drain(self) -> None:
         """The worker accepts no more: event streams end, what else runs may finish."""
@@ -65,9 +65,11 @@ class Gateway:
         self.events.stop()
         self.log.stop()
 
-    def _share_counters(self) -> None:
+    def _keep_house(self) -> None:
+        """For the life of the worker: what is to be done every so often."""
         while True:
-            gevent.sleep(COUNTERS_SECONDS)
+            gevent.sleep(HOUSE_SECONDS)
+            self.upstream.adapter.close_old()
             with suppress(GatewayError):
                 self.store.share_counters(debug.own_counters(self))
 

@@ -263,11 +263,11 @@ class Proxy:
         if exchange.head.status >= 400:
             first += relay.collect(exchange, relay.remaining(deadline))
             error = repair.wrapped(exchange.head.status, first, encoding, spoken)
-        elif exchange.head.status == 200 and encoding is None:
-            if repair.starts_like_error(first):
+        elif exchange.head.status == 200:
+            if encoding is None and repair.starts_like_error(first):
                 first += relay.collect(exchange, relay.remaining(deadline))
             looked_at = exchange.complete and len(first) <= repair.MAX_ERROR_BYTES
-            error = repair.hidden_error(first, spoken) if looked_at else None
+            error = repair.hidden_error(first, encoding) if looked_at else None
         else:
             error = None
         if error is not None:

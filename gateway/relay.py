@@ -124,7 +124,7 @@ def late_stream(
     except (ConnectionBroken, UpstreamTimeout) as fault:
         yield from cut_stream(fault, exchange, tap, record, dialect)
         return
-    error = as_error(exchange.head.status, content, dialect)
+    error = as_error(exchange.head.status, content)
     if error is None:
         yield b"data: " + content.replace(b"\n", b"\ndata: ") + b"\n\n"
         return

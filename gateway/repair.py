@@ -27,11 +27,12 @@ def starts_like_error(first: bytes) -> bool:
     return _STARTS_WITH_ERROR.match(first) is not None
 
 
-def hidden_error(content: bytes, spoken: str) -> GatewayError | None:
+def hidden_error(content: bytes, encoding: str | None = None) -> GatewayError | None:
     """The error inside a 200 answer, or None if it is a good answer."""
-    if b'"error"' not in content:
+    decoded = content if encoding is None else _decode(content, encoding)
+    if decoded is None or b'"error"' not in decoded:
         return None
-    parsed = _parse(content)
+    parsed = _parse(decoded)
     if not isinstance(parsed, dict) or not parsed.get("error"):
         return None
     if "choices" in parsed or "data" in parsed or "id" in parsed or "object" in parsed:
@@ -43,10 +44,10 @@ def hidden_error(content: bytes, spoken: str) -> GatewayError | None:
     return _error(message, status, fields)
 
 
-def as_error(status: int, content: bytes, spoken: str) -> GatewayError | None:
+def as_error(status: int, content: bytes) -> GatewayError | None:
     """An answer that must be told in a stream: the error in it, None if it is a good answer."""
     if status < 400:
-        return hidden_error(content, spoken)
+        return hidden_error(content)
     parsed = _parse(content)
     inner = parsed.get("error", parsed.get("message")) if isinstance(parsed, dict) else None
     message, fields = _words(inner) if inner else (_plain_text(content), {})
@@ -58,7 +59,7 @@ def wrapped(status: int, content: bytes, encoding: str | None, spoken: str) -> G
     decoded = _decode(content, encoding)
     if decoded is None or _speaks(_parse(decoded), spoken):
         return None
-    return as_error(status, decoded, spoken)
+    return as_error(status, decoded)
 
 
 def _speaks(parsed: Any, spoken: str) -> bool:

@@ -242,6 +242,12 @@ class LMStudioAdapter(HTTPAdapter):
         """Keep a connection for the next request."""
         self._idle.append((connection, time.monotonic()))
 
+    def close_old(self) -> None:
+        """Close kept connections that are too old to be used again."""
+        oldest = time.monotonic() - MAX_IDLE_SECONDS
+        while self._idle and self._idle[0][1] < oldest:
+            self._idle.popleft()[0].close()
+
     def close(self) -> None:
         while self._idle:
             self._idle.pop()[0].close()
@@ -265,9 +271,7 @@ class LMStudioAdapter(HTTPAdapter):
 
     def _take_idle(self) -> Connection | None:
         """The youngest kept connection that is still good. Older ones are closed on the way."""
-        oldest = time.monotonic() - MAX_IDLE_SECONDS
-        while self._idle and self._idle[0][1] < oldest:
-            self._idle.popleft()[0].close()
+        self.close_old()
         while self._idle:
             connection = self._idle.pop()[0]
             if _is_quiet(connection.sock):

@@ -1,6 +1,6 @@
 """500 streams of 200 numbered tokens at 100 ms, on two workers: complete, in order, what it costs.
 
-``python -m tests.soak.streams [--streams 500] [--tokens 200] [--pace-ms 100]``; exits 1 on an error.
+``python -m tests.soak.streams [--streams 500] [--tokens 200] [--pace-ms 100]``: 1 on an error.
 """
 
 from gevent import monkey

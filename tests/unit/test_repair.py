@@ -17,7 +17,7 @@ UNEXPECTED = "Unexpected endpoint or method. (POST /v1/images/generations)"
 
 def hidden(body: Any) -> GatewayError | None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return repair.hidden_error(content, "openai")
+    return repair.hidden_error(content)
 
 
 def wrapped(
@@ -125,3 +125,10 @@ def test_an_error_in_an_unknown_or_broken_coding_stays_as_it_is(encoding: str) -
 
 def test_a_long_page_is_cut() -> None:
     assert len(certain(wrapped(500, b"<p>" + b"word " * 10_000)).message) <= 2000
+
+
+def test_an_error_in_a_compressed_answer_is_found() -> None:
+    error = repair.hidden_error(
+        gzip.compress(b'{"error":"Unexpected endpoint or method."}'), "gzip"
+    )
+    assert certain(error).status == 404

@@ -1,0 +1,56 @@
+"""A request about every 5 s, when LM Studio closes idle connections: none may fail.
+
+``python -m tests.soak.keepalive [--seconds 60] [--gap 5.0] [--spread 0.2]``; exits 1 on a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import requests
+
+from tests.processes import Gateway, Simulator
+from tests.soak.traffic import CHAT, chat
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--gap", type=float, default=5.0)
+    parser.add_argument("--spread", type=float, default=0.2)
+    asked = parser.parse_args()
+    simulator = Simulator(0, "--pace-ms", "0")
+    failures = []
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        # one worker, so that each request finds the connection of the one before
+        gateway = Gateway(Path(folder), simulator.url, WEB_CONCURRENCY=1)
+        try:
+            end = time.monotonic() + asked.seconds
+            while time.monotonic() < end:
+                stream = count % 2 == 1
+                gap = random.uniform(asked.gap - asked.spread, asked.gap + asked.spread)
+                count += 1
+                try:
+                    answer = gateway.post(CHAT, chat(3, stream))
+                    if answer.status_code != 200 or "3 " not in answer.text:
+                        failures.append(f"{answer.status_code} {answer.text[:200]}")
+                except requests.RequestException as error:
+                    failures.append(repr(error))
+                time.sleep(gap)
+        finally:
+            gateway.stop()
+            simulator.stop()
+    print(f"{count} requests, {len(failures)} failures")
+    for line in failures:
+        print(f"  {line}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
