@@ -12,9 +12,10 @@ from gevent.queue import Queue
 
 from gateway import cancellation, schemas
 from gateway.access import REQUEST_ID
+from gateway.bodies import read_body
 from gateway.errors import BadRequest, GatewayError, dumps
 from gateway.models import Emit, Models
-from gateway.proxy import ClientGone, read_body
+from gateway.proxy import ClientGone
 from gateway.relay import HEARTBEAT
 from gateway.sse import KEEP_ALIVE
 

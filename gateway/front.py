@@ -15,10 +15,11 @@ from typing import Any
 from gateway import errors
 from gateway.access import CLIENT, REQUEST_ID, Access, name_request
 from gateway.accounts import AccessLog
+from gateway.bodies import check_length
 from gateway.errors import GatewayError, Headers
 from gateway.injection import TABLE
 from gateway.metrics import Metrics
-from gateway.proxy import RECORDED, Proxy, check_length
+from gateway.proxy import RECORDED, Proxy
 from gateway.record import milliseconds
 
 Environ = dict[str, Any]

@@ -98,6 +98,8 @@ def stream(
     """An event stream: every arrival at once, a comment in long silences, an error event when LM
     Studio breaks it off."""
     yield b""  # the head goes out now, not with the first event
+    if exchange.head.get("content-encoding"):
+        tap = sse.Tap(remove=False)  # nothing can be found in coded bytes: none are held back
     try:
         yield from _arrivals(exchange, tap, silence)
         rest = tap.rest()

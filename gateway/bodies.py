@@ -1,0 +1,73 @@
+"""The body of a request: whole or piece by piece, within its limits of size and time.
+
+Works on the WSGI environ; what a WSGI server raises while it reads comes out as a BadRequest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+
+from gateway.errors import BadRequest, BodyTooLarge, GatewayError, RequestTimeout
+
+Environ = dict[str, Any]
+#: A request's body: whole, piece by piece, or none.
+Body = bytes | Iterator[bytes] | None
+
+_READ_BYTES = 65536
+#: Seconds in which each READ_BYTES of a request body must come: a trickling client is not served.
+READ_TIMEOUT = 30.0
+
+
+def check_length(environ: Environ, limit: int) -> None:
+    """Refuse a body whose Content-Length tells already that it is too large."""
+    length = environ.get("CONTENT_LENGTH") or "0"
+    if length.isdigit() and int(length) > limit:
+        raise too_large(limit)
+
+
+def read_body(environ: Environ, limit: int) -> bytes:
+    """The whole request body. Raises BodyTooLarge, or BadRequest when it breaks off."""
+    return b"".join(_pieces(environ, limit))
+
+
+def stream_body(environ: Environ, limit: int) -> Body:
+    """The request body piece by piece, None when there is none."""
+    length = environ.get("CONTENT_LENGTH") or ""
+    chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+    if not chunked and length in ("", "0"):
+        return None if not length else b""
+    return _pieces(environ, limit)
+
+
+def too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than {limit} bytes.")
+
+
+def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
+    check_length(environ, limit)
+    source = environ["wsgi.input"]
+    size = 0
+    length = environ.get("CONTENT_LENGTH")
+    expected = int(length) if length and length.isdigit() else None
+    while expected is None or size < expected:
+        wanted = _READ_BYTES if expected is None else min(_READ_BYTES, expected - size)
+        try:
+            with gevent.Timeout(READ_TIMEOUT, RequestTimeout("The request body came too slowly.")):
+                piece = source.read(wanted)
+        except GatewayError:
+            raise
+        except Exception as fault:
+            # each WSGI server has its own exceptions for a body that breaks off or breaks rules
+            what = type(fault).__name__
+            raise BadRequest(f"The request body can't be read: {what}.") from None
+        if not piece:
+            break
+        size += len(piece)
+        if size > limit:
+            raise too_large(limit)
+        yield piece
+    if expected is not None and size < expected:
+        raise BadRequest("The request body broke off.")
