@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from gateway import cancellation, schemas
 from gateway.access import REQUEST_ID
 from gateway.bodies import read_body
 from gateway.errors import BadRequest, GatewayError, dumps
+from gateway.events import timestamp
 from gateway.models import Emit, Models
 from gateway.proxy import ClientGone
 from gateway.relay import HEARTBEAT
@@ -184,7 +186,8 @@ def _event_stream(body: Iterator[bytes]) -> Response:
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
-    return b"event: " + name.encode() + b"\ndata: " + dumps(data) + b"\n\n"
+    told = {"timestamp": timestamp(time.time()), **data}
+    return b"event: " + name.encode() + b"\ndata: " + dumps(told) + b"\n\n"
 
 
 def _json(value: Any) -> Response:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anthropic
 import httpx2
@@ -12,7 +17,8 @@ import openai
 import pytest
 
 from tests.nginx import Nginx
-from tests.processes import Gateway, Simulator
+from tests.processes import Gateway, Simulator, eventually
+from tests.redis_server import RedisServer
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +185,94 @@ def sdk(request: pytest.FixtureRequest) -> Iterator[Callable[..., SdkClient]]:
     yield make
     for client in made:
         client.http.close()
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A redis-server of the module's own; skipped without one, but never in CI."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "redis"])
+def state_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The module's shared state: all tests run once with SQLite and once with Redis."""
+    if request.param == "redis":
+        return str(request.getfixturevalue("redis_server").url)
+    return f"sqlite:///{tmp_path_factory.mktemp('state')}/state.db"
+
+
+class Frame(NamedTuple):
+    """One event as it came; ``lines`` are its lines without their ends."""
+
+    id: int
+    event: str
+    data: dict[str, Any]
+    lines: list[str]
+
+
+class EventReader:
+    """A reader of /debug/stream in a thread of its own, which keeps everything that came."""
+
+    def __init__(
+        self, gateway: Gateway, query: str = "", last_id: int | None = None, **headers: str
+    ) -> None:
+        self.frames: list[Frame] = []
+        self.raw: list[str] = []
+        self._connection = HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+        told = {} if last_id is None else {"Last-Event-ID": str(last_id)}
+        self._connection.request("GET", f"/debug/stream{query}", headers={**headers, **told})
+        # the response may take the socket away from its connection
+        self._socket: socket.socket = self._connection.sock
+        self.response = self._connection.getresponse()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def of(self, event: str, **members: Any) -> list[dict[str, Any]]:
+        """The data of the events of a type that have these members."""
+        wanted = members.items()
+        return [f.data for f in self.frames if f.event == event and wanted <= f.data.items()]
+
+    def until(self, event: str, count: int = 1, timeout: float = 30, **members: Any) -> Any:
+        """Wait for ``count`` such events; returns the data of the last one."""
+        eventually(lambda: len(self.of(event, **members)) >= count, timeout)
+        return self.of(event, **members)[count - 1]
+
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self.response.close()
+        self._connection.close()
+
+    def _read(self) -> None:
+        lines: list[str] = []
+        with suppress(OSError, HTTPException):
+            while line := self.response.readline().decode():
+                self.raw.append(line)
+                if line != "\n":
+                    lines.append(line.removesuffix("\n"))
+                    continue
+                fields = dict(one.split(": ", 1) for one in lines if not one.startswith(":"))
+                if "data" in fields:
+                    data = json.loads(fields["data"])
+                    self.frames.append(Frame(int(fields["id"]), fields["event"], data, lines))
+                lines = []
+
+
+@pytest.fixture
+def listen() -> Iterator[Callable[..., EventReader]]:
+    """Open readers of a gateway's event stream; they end with the test."""
+    opened: list[EventReader] = []
+
+    def start(gateway: Gateway, *arguments: Any, **options: Any) -> EventReader:
+        opened.append(EventReader(gateway, *arguments, **options))
+        return opened[-1]
+
+    yield start
+    for reader in opened:
+        reader.close()

@@ -16,7 +16,7 @@ from tests.wire.client import QUIET, WAITING, Answer, Client
 
 KEY, ADMIN_KEY = "wire-key-0123456789", "wire-admin-0123456789"
 KEYS = {"GATEWAY_API_KEY": KEY, "GATEWAY_ADMIN_KEY": ADMIN_KEY}
-COMMON = {"MAX_BODY_BYTES": 100_000, "CORS_ORIGINS": "https://app.example", "LOG_LEVEL": "warn"}
+COMMON = {"MAX_BODY_BYTES": 100_000, "CORS_ORIGINS": "https://app.example"}
 ALLOWED = {"IP_ALLOWLIST": "10.0.0.0/8", "WEB_CONCURRENCY": 1}
 #: The gateways that cases name.
 SETTINGS = {
