@@ -178,6 +178,8 @@ def _presented(environ: Environ) -> Iterable[str]:
 
 
 def _is_admin(path: str) -> bool:
+    # werkzeug's routing overlooks repeated slashes at the beginning
+    path = "/" + path.lstrip("/")
     return path in _ADMIN_PATHS or path.startswith(_ADMIN_PREFIXES)
 
 

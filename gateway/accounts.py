@@ -6,7 +6,9 @@ worker, so that neither a slow log nor a slow store delays a request.
 
 from __future__ import annotations
 
+import itertools
 import json
+import secrets
 import sys
 import time
 from collections import deque
@@ -32,12 +34,16 @@ class Accounts:
         self._events = events
         self._metrics = metrics
         self._log = log
+        self._worker = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
 
     def begin(self, record: Record) -> None:
         """An exchange was accepted and goes to LM Studio now."""
         record.on_finish = self._end
+        # a client may send the same request id twice
+        record.operation = f"{self._worker}-{next(self._numbers)}"
         self._metrics.begin()
-        self._events.publish("inference_start", record.start_event(), record.request_id)
+        self._events.publish("inference_start", record.start_event(), record.operation)
 
     def _end(self, record: Record) -> None:
         self._metrics.end(record)
@@ -49,7 +55,7 @@ class Accounts:
                 "totalTimeMs": milliseconds(record.ended - record.started),
             }
             self._events.publish("error", told)
-        self._events.publish("inference_complete", record.complete_event(), record.request_id)
+        self._events.publish("inference_complete", record.complete_event(), record.operation)
         self._log.exchange(record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -150,6 +151,7 @@ def _publisher() -> Emit:
     """What tells the world of the current request's operation."""
     parts = current_app.extensions["gateway"]
     request_id = request.environ[REQUEST_ID]
+    operation = secrets.token_hex(8)
 
     def publish(event: str, data: dict[str, Any]) -> None:
         if event == "error":
@@ -157,7 +159,7 @@ def _publisher() -> Emit:
         loading = event.startswith("model_load") or data.get("operation") == "model_load"
         if loading and event in ("model_load_complete", "error"):
             parts.metrics.load_ended("loaded" if event == "model_load_complete" else "failed")
-        parts.events.publish(event, data, request_id if loading else "")
+        parts.events.publish(event, data, operation if loading else "")
 
     return publish
 

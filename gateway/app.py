@@ -64,6 +64,7 @@ class Gateway:
         """The worker has served its last request."""
         self.events.stop()
         self.log.stop()
+        self.store.close()
 
     def _keep_house(self) -> None:
         """For the life of the worker: what is to be done every so often."""

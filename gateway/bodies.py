@@ -22,7 +22,14 @@ READ_TIMEOUT = 30.0
 
 
 def check_length(environ: Environ, limit: int) -> None:
-    """Refuse a body whose Content-Length tells already that it is too large."""
+    """Refuse a body whose head tells already that it is too large or can't be read."""
+    coding = environ.get("HTTP_TRANSFER_ENCODING", "chunked")
+    if coding.strip().lower() != "chunked":
+        raise GatewayError(
+            "Bodies can be chunked, but have no other transfer coding.",
+            status=501,
+            code="unsupported_transfer_coding",
+        )
     length = environ.get("CONTENT_LENGTH") or "0"
     if length.isdigit() and int(length) > limit:
         raise too_large(limit)

@@ -13,9 +13,10 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, request
 
-from gateway import events
+from gateway import cancellation, events
 from gateway.errors import BadRequest, dumps
-from gateway.metrics import PREFIX
+from gateway.metrics import PREFIX, Metrics
+from gateway.sse import KEEP_ALIVE
 from gateway.store import StoreError
 
 #: How many of the newest exchanges averages and percentiles are of.
@@ -29,9 +30,10 @@ def stream() -> Response:
     """Every event of every worker as server-sent events."""
     parts = current_app.extensions["gateway"]
     frames = parts.events.subscribe(_last_event_id(), _types())
+    watch = cancellation.watch(request.environ, frames.end)
     parts.metrics.subscribers.inc()
     headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
-    body = _Body(frames, parts.metrics)
+    body = _Body(frames, watch, parts.metrics)
     return Response(body, content_type="text/event-stream; charset=utf-8", headers=headers)
 
 
@@ -70,20 +72,28 @@ def metrics() -> Response:
 class _Body(Iterator[bytes]):
     """A reader's stream: frames, and comments where nothing happens."""
 
-    def __init__(self, frames: Any, metrics: Any) -> None:
+    def __init__(
+        self,
+        frames: events.Subscription,
+        watch: cancellation.ClientWatch | None,
+        metrics: Metrics,
+    ) -> None:
         self._frames = frames
+        self._watch = watch
         self._metrics = metrics
         self._open = True
 
     def __next__(self) -> bytes:
         frame = next(self._frames)
-        return b": keep-alive\n\n" if frame is None else bytes(frame)
+        return KEEP_ALIVE if frame is None else frame
 
     def close(self) -> None:
         if self._open:
             self._open = False
             self._metrics.subscribers.dec()
             self._frames.close()
+            if self._watch is not None:
+                self._watch.stop()
 
 
 def _last_event_id() -> int | None:

@@ -75,6 +75,8 @@ class EventBus:
         self._waiting: deque[Published] = deque()
         self._arrived = Event()
         self._dropped = 0
+        #: Operations whose end was dropped: they are in flight no more all the same.
+        self._ended_untold: set[str] = set()
         self._writer: gevent.Greenlet | None = None
         self._tail = Tail(store)
 
@@ -82,7 +84,9 @@ class EventBus:
         """Tell an event. ``operation`` names what begins or ends with it (a request's id, say)."""
         waiting = self._waiting
         if len(waiting) >= MAX_WAITING:
-            waiting.popleft()
+            kind, _, _, ended = waiting.popleft()
+            if ended and kind in _ENDS:
+                self._ended_untold.add(ended)
             self._dropped += 1
             self._on_drop(1)
         waiting.append((event, data, time.time(), operation))
@@ -94,9 +98,9 @@ class EventBus:
         if self._writer is None:
             self._writer = gevent.spawn(self._write_for_ever)
 
-    def subscribe(self, last_id: int | None, types: frozenset[str]) -> Iterator[bytes | None]:
-        """The event stream from behind ``last_id`` (None: from now on) as SSE frames, None where
-        nothing has happened for a while. Raises TooManySubscribers or StoreError at once."""
+    def subscribe(self, last_id: int | None, types: frozenset[str]) -> Subscription:
+        """The event stream from behind ``last_id`` (None: from now on). Raises TooManySubscribers
+        or StoreError."""
         return self._tail.subscribe(last_id, types)
 
     @property
@@ -150,6 +154,8 @@ class EventBus:
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             batches.append(_batch("gap", {"missed": dropped}, time.time(), ""))
+            batches.append(Batch(ended=self._ended_untold))
+            self._ended_untold = set()
         for _ in range(min(len(self._waiting), MAX_BATCH)):
             batches.append(_batch(*self._waiting.popleft()))
         return merge(batches)
@@ -191,33 +197,31 @@ class Tail:
     too slow for the memory reads the store, one that is too slow for the store gets a ``gap``.
     """
 
-    #: Seconds for which a reader waits before it gets a comment.
-    HEARTBEAT = 15.0
-
     def __init__(self, store: SharedStore) -> None:
         self._store = store
         self._recent: deque[tuple[int, str, bytes]] = deque(maxlen=MAX_RECENT)
-        self._newest = 0
         self._news = Event()
         self._reader: gevent.Greenlet | None = None
-        self._stopping = False
+        self.newest = 0
+        #: Counts how often the log began anew (a Redis that lost its data, say).
+        self.log_number = 0
+        self.stopping = False
         self.subscribers = 0
 
-    def subscribe(self, last_id: int | None, types: frozenset[str]) -> Iterator[bytes | None]:
+    def subscribe(self, last_id: int | None, types: frozenset[str]) -> Subscription:
+        """A reader's stream; the reader counts from here on until its ``close``."""
         if self.subscribers >= MAX_SUBSCRIBERS:
             raise TooManySubscribers("Too many readers of the event stream; try again later.")
         oldest, newest = self._store.span()
-        if last_id is None or last_id < 0:
-            last_id = newest
-        return _Subscription(self, self._frames(last_id, oldest, newest, types))
-
-    def enter(self) -> None:
-        """A reader has come: make sure that somebody reads the log."""
-        self.subscribers += 1
         if self._reader is None:
             self._recent.clear()
-            self._newest = self._store.span()[1]
+            self.newest = newest
             self._reader = gevent.spawn(self._read_for_ever)
+        self.subscribers += 1
+        place = newest if last_id is None or last_id < 0 else last_id
+        if place > newest:
+            place = oldest - 1  # an id of another log: all that this one holds is new
+        return Subscription(self, place, types)
 
     def leave(self) -> None:
         """A reader has gone; with the last one the tailer ends."""
@@ -228,27 +232,22 @@ class Tail:
 
     def stop(self) -> None:
         """End every reader's stream."""
-        self._stopping = True
-        self._tell_readers()
+        self.stopping = True
+        self.wake()
 
-    def _frames(
-        self, place: int, oldest: int, newest: int, types: frozenset[str]
-    ) -> Iterator[bytes | None]:
-        if place > newest:
-            # an id of another log (a new Redis, say): all that this one holds is new
-            place = oldest - 1
-        yield b"retry: 3000\n" + _frame(place, "connected", _connected())
-        while not self._stopping:
-            news = self._news
-            frames, place = self._behind(place, types)
-            if frames:
-                yield frames
-            elif place >= self._newest and not news.wait(self.HEARTBEAT):
-                yield None
+    def wake(self) -> None:
+        """Let every reader look whether there is something for it."""
+        news, self._news = self._news, Event()
+        news.set()
 
-    def _behind(self, place: int, types: frozenset[str]) -> tuple[bytes, int]:
+    @property
+    def news(self) -> Event:
+        """What is set at the next news; to be taken before one looks."""
+        return self._news
+
+    def behind(self, place: int, types: frozenset[str]) -> tuple[bytes, int]:
         """The frames behind a place, and the new place."""
-        if place >= self._newest:
+        if place >= self.newest:
             return b"", place
         if self._recent and self._recent[0][0] <= place + 1:
             found = [entry for entry in self._recent if entry[0] > place]
@@ -262,7 +261,7 @@ class Tail:
             gevent.sleep(RETRY_SECONDS)
             return b"", place
         if not stored:
-            return b"", max(place, self._newest)
+            return b"", max(place, self.newest)
         gap = b""
         if stored[0].id > place + 1:
             missed = stored[0].id - place - 1
@@ -273,42 +272,77 @@ class Tail:
     def _read_for_ever(self) -> None:
         while True:
             try:
-                self._store.wait(self._newest, 1.0)
-                stored = self._store.after(self._newest, MAX_RECENT)
+                self._store.wait(self.newest, 1.0)
+                stored = self._store.after(self.newest, MAX_RECENT)
+                if not stored:
+                    self._look_for_new_log(*self._store.span())
             except StoreError:
                 gevent.sleep(RETRY_SECONDS)
                 continue
             if stored:
                 self._take(stored)
-                self._tell_readers()
-
-    def _tell_readers(self) -> None:
-        news, self._news = self._news, Event()
-        news.set()
+                self.wake()
 
     def _take(self, stored: list[StoredEvent]) -> None:
-        if stored[0].id != self._newest + 1:
+        if stored[0].id != self.newest + 1:
             self._recent.clear()  # what is kept in memory has no holes
         self._recent.extend((event.id, event.type, _frame(*event)) for event in stored)
-        self._newest = stored[-1].id
+        self.newest = stored[-1].id
+
+    def _look_for_new_log(self, oldest: int, newest: int) -> None:
+        if newest < self.newest:
+            self._recent.clear()
+            self.newest = oldest - 1
+            self.log_number += 1
 
 
-class _Subscription(Iterator[bytes | None]):
-    """A reader's stream, which counts as a subscriber from its first piece to its end."""
+class Subscription(Iterator[bytes | None]):
+    """A reader's stream: SSE frames, None where nothing has happened for a while."""
 
-    def __init__(self, tail: Tail, frames: Iterator[bytes | None]) -> None:
+    #: Seconds for which a reader waits before it gets a comment.
+    HEARTBEAT = 15.0
+
+    def __init__(self, tail: Tail, place: int, types: frozenset[str]) -> None:
         self._tail = tail
-        self._frames = frames
-        self._entered = True
-        tail.enter()
+        self._types = types
+        self._place = place
+        self._log_number = tail.log_number
+        self._open = True
+        self._frames = self._read()
 
     def __next__(self) -> bytes | None:
         return next(self._frames)
 
+    def end(self) -> None:
+        """The reader has left: end its stream. May be called from the event loop."""
+        self.close()
+        self._tail.wake()
+
     def close(self) -> None:
-        if self._entered:
-            self._entered = False
+        """Count no longer. Idempotent."""
+        if self._open:
+            self._open = False
             self._tail.leave()
+
+    def _read(self) -> Iterator[bytes | None]:
+        tail = self._tail
+        yield b"retry: 3000\n" + _frame(self._place, "connected", _connected())
+        last = time.monotonic()
+        while self._open and not tail.stopping:
+            news = tail.news
+            if self._log_number != tail.log_number:
+                self._log_number, self._place = tail.log_number, 0
+            frames, self._place = tail.behind(self._place, self._types)
+            quiet_until = last + self.HEARTBEAT
+            if frames:
+                yield frames
+            elif time.monotonic() >= quiet_until:
+                yield None
+            else:
+                if self._place >= tail.newest:
+                    news.wait(quiet_until - time.monotonic())
+                continue
+            last = time.monotonic()
 
 
 def timestamp(moment: float) -> str:

@@ -16,7 +16,7 @@ from gateway import errors
 from gateway.access import CLIENT, REQUEST_ID, Access, name_request
 from gateway.accounts import AccessLog
 from gateway.bodies import check_length
-from gateway.errors import GatewayError, Headers
+from gateway.errors import GatewayError, Headers, NotFound
 from gateway.injection import TABLE
 from gateway.metrics import Metrics
 from gateway.proxy import RECORDED, Proxy
@@ -56,6 +56,8 @@ class Front:
         except GatewayError as error:
             self._metrics.turned_away(error.code)
             raise
+        if environ["PATH_INFO"].startswith("//"):
+            raise NotFound(f"Unknown path: {environ['PATH_INFO']}")
         check_length(environ, self._max_body_bytes)
         return preflight
 

@@ -59,10 +59,10 @@ class Models:
         try:
             answer = self._load(wanted, emit, started)
         except GatewayError as error:
-            emit("error", _failed("model_load", error.message, started) | _load_names(wanted))
+            emit("error", _failed("model_load", error.message, started))
             raise
         except BaseException:
-            emit("error", _failed("model_load", "cancelled", started) | _load_names(wanted))
+            emit("error", _failed("model_load", "cancelled", started))
             raise
         complete = ("modelKey", "instanceId", "activated", "totalTimeMs")
         emit(
@@ -143,12 +143,12 @@ class Models:
         try:
             self._link.unload(namespace, model["identifier"])
         except ServerRefused as refusal:
-            emit("error", _failed("model_unload", refusal.message, started) | names)
+            emit("error", _failed("model_unload", refusal.message, started))
             if refusal.code in NOT_LOADED:
                 raise NotFound(f"Model not loaded: {model['identifier']}") from None
             raise BadGateway(refusal.message, code="unload_failed") from None
         except GatewayError as error:
-            emit("error", _failed("model_unload", error.message, started) | names)
+            emit("error", _failed("model_unload", error.message, started))
             raise
         self._deactivate_unloaded(model, emit)
         took = {"totalTimeMs": _since(started)}

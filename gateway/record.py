@@ -21,6 +21,8 @@ class Record:
     asked_model: str = ""
     model: str = ""
     stream: bool = False
+    #: Names this exchange among all that run anywhere.
+    operation: str = ""
     on_finish: Callable[[Record], None] = lambda record: None
     started: float = field(default_factory=time.monotonic)
     upstream_sent: float | None = None

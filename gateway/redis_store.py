@@ -79,6 +79,8 @@ class RedisStore:
             raise StoreError("STATE_URL is not a Redis URL") from None
         self.machine = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._worker = f"{self.machine}-{os.getpid()}-{secrets.token_hex(4)}"
+        # one for all workers of a gateway: they are children of one master
+        self._counters = f"{COUNTERS}:{socket.gethostname()}:{os.getppid()}"
         self._active: Active | None = None
         self._listening = Event()
         self._append = self._redis.register_script(_APPEND)
@@ -165,12 +167,11 @@ class RedisStore:
         return [json.loads(data) for data in lost]
 
     def share_counters(self, counters: dict[str, float]) -> None:
-        host = socket.gethostname()
-        key = f"{COUNTERS}:{host}:{os.getppid()}"
-        self._try(lambda: self._redis.set(key, json.dumps(counters), ex=COUNTERS_SECONDS))
+        text = json.dumps(counters)
+        self._try(lambda: self._redis.set(self._counters, text, ex=COUNTERS_SECONDS))
 
     def other_counters(self) -> list[dict[str, float]]:
-        own = f"{COUNTERS}:{socket.gethostname()}:{os.getppid()}".encode()
+        own = self._counters.encode()
 
         def read() -> list[Any]:
             keys = [key for key in self._redis.scan_iter(COUNTERS + ":*") if key != own]
@@ -183,6 +184,9 @@ class RedisStore:
 
     def close(self) -> None:
         gevent.killall(self._tasks)
+        with suppress(redis.RedisError):
+            self._redis.delete(self._counters)
+            self._redis.delete(f"{PREFIX}worker:{self._worker}")
         self._redis.close()
 
     def _await_all(self, acknowledgements: str, heard: int) -> None:

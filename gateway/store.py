@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import gevent
 from gevent.threadpool import ThreadPool
@@ -274,11 +274,17 @@ class SqliteStore:
         return self._in_thread(lambda: self._log.execute(query, values).fetchall())
 
     def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        try:
-            result: _T = self._thread.apply(work, arguments)
-        except sqlite3.Error as error:
-            raise StoreError(f"The shared state can't be used: {error}.") from None
-        return result
+        def guarded() -> tuple[Any, sqlite3.Error | None]:
+            # an error that leaves the thread would also be printed with its traceback
+            try:
+                return work(*arguments), None
+            except sqlite3.Error as error:
+                return None, error
+
+        result, error = self._thread.apply(guarded)
+        if error is not None:
+            raise StoreError(f"The shared state can't be used: {error}.")
+        return cast(_T, result)
 
 
 _SCHEMA = """

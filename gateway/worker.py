@@ -63,15 +63,30 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def timeout_ctx(self) -> _Idle:
         """What gunicorn waits in for the next request of a connection."""
-        return _Idle(self.cfg.keepalive, self._idle)
+        return _Idle(self.cfg.keepalive if self.alive else IDLE_AT_END, self._idle)
 
     def run(self) -> None:
         parts = self.wsgi.extensions["gateway"]
         parts.start()
+        self.log.info("Worker serves (pid: %s)", self.pid)
         try:
             super().run()
         finally:
             parts.stop()
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        """Serve a request; a body is invited (``100 Continue``) when it is read, not before: what
+        is refused by its head alone is refused without it."""
+        if not req._expected_100_continue:
+            return super().handle_request(listener_name, req, sock, addr)
+        req._expected_100_continue = False
+        body, req.body = req.body, _InvitedBody(req.body, sock)
+        try:
+            return super().handle_request(listener_name, req, sock, addr)
+        finally:
+            if not req.body.invited:
+                req.force_close()  # whether the body comes all the same can't be known
+            req.body = body
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Refuse what gunicorn can't read as HTTP, in JSON instead of gunicorn's HTML page, and
@@ -106,6 +121,22 @@ class Worker(GeventWorker):  # type: ignore[misc]
             idle.end()
         gevent.sleep(max(0.0, self.cfg.graceful_timeout - IDLE_AT_END - LAST_WORDS))
         self.wsgi.extensions["gateway"].proxy.cut_all()
+
+
+class _InvitedBody:
+    """A request body whose client waits for ``100 Continue``."""
+
+    def __init__(self, body: Any, sock: Any) -> None:
+        self._body = body
+        self._socket = sock
+        self.invited = False
+
+    def read(self, size: int | None = None) -> bytes:
+        if not self.invited:
+            self.invited = True
+            self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data: bytes = self._body.read(size)
+        return data
 
 
 class _Idle:

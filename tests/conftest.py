@@ -225,6 +225,7 @@ class EventReader:
         self._connection.request("GET", f"/debug/stream{query}", headers={**headers, **told})
         # the response may take the socket away from its connection
         self._socket: socket.socket = self._connection.sock
+        self.port: int = self._socket.getsockname()[1]
         self.response = self._connection.getresponse()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()

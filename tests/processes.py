@@ -147,7 +147,7 @@ class Gateway:
 
     def _is_up(self) -> bool:
         assert self.process.poll() is None, self.logged()
-        ready = self.logged().count("Booting worker")
+        ready = self.logged().count("Worker serves")
         return ready >= int(self.environ["WEB_CONCURRENCY"]) and self._answers()
 
     def _answers(self) -> bool:

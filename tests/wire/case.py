@@ -3,7 +3,7 @@
 A file of ``cases/`` begins with a header block, a line ``name: value`` each::
 
     why: one sentence
-    gateway: keyed (default), open, walled or proxied, see test_corpus.py
+    gateway: keyed (default), open, adminonly, walled or proxied: see test_corpus.py
     status: the answers in their order: ``400``, ``200 401``; alternatives are ``400|closed``.
             ``closed`` is a connection that ends without an answer, ``waits`` one where none comes
     behind-nginx: ``same`` (default), ``skip`` and a reason, or a status line like the one above
@@ -12,8 +12,9 @@ A file of ``cases/`` begins with a header block, a line ``name: value`` each::
     lacks: a text that no answer and nothing sent to LM Studio may contain
     end: ``keep`` (default) or ``close``: what the client does after its last byte
 
-After a line ``---`` come the bytes. Line breaks of the file mean nothing, ``\\r``, ``\\n``, ``\\t``,
-``\\\\`` and ``\\xHH`` are bytes, and ``{{9000*a}}`` is 9000 times ``a``.
+After a line ``---`` come the bytes. Line breaks of the file mean nothing; ``\\r``, ``\\n``,
+``\\t``, ``\\\\`` and ``\\xHH`` are bytes; ``{{9000*a}}`` is 9000 times ``a``, in which ``}`` is
+``\\x7d``.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def _expected(written: str) -> Expected:
 
 def _bytes(written: str) -> bytes:
     raw = written.replace("\n", "").encode("ascii")
-    raw = _ESCAPE.sub(lambda found: _unescaped(found[1]), raw)
-    return _REPEAT.sub(lambda found: int(found[1]) * found[2], raw)
+    raw = _REPEAT.sub(lambda found: int(found[1]) * found[2], raw)
+    return _ESCAPE.sub(lambda found: _unescaped(found[1]), raw)
 
 
 def _unescaped(name: bytes) -> bytes:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 #: Seconds in which an answer must come.
 DEADLINE = 40.0
 #: Seconds after which nothing more is expected on a connection that stays open.
-QUIET = 0.15
+QUIET = 0.06
 #: Seconds of silence that are taken for waiting.
-WAITING = 1.0
-_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: [^\r\n]*)?")
+WAITING = 0.5
+_STATUS_LINE = re.compile(rb"HTTP/1\.\d (\d{3})(?: [^\r\n]*)?")
 
 
 @dataclass

@@ -21,7 +21,8 @@ ALLOWED = {"IP_ALLOWLIST": "10.0.0.0/8", "WEB_CONCURRENCY": 1}
 #: The gateways that cases name.
 SETTINGS = {
     "keyed": KEYS,
-    "open": {},
+    "open": {"WEB_CONCURRENCY": 1},
+    "adminonly": {"GATEWAY_ADMIN_KEY": ADMIN_KEY, "WEB_CONCURRENCY": 1},
     "walled": ALLOWED,
     "proxied": {**ALLOWED, "TRUSTED_PROXIES": "127.0.0.0/8"},
 }

@@ -1,0 +1,245 @@
+"""/debug/status and /debug/metrics tell one truth over all workers, also after one was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from tests.conftest import EventReader
+from tests.processes import Gateway, Simulator, eventually
+
+MODEL = "qwen2-1.5b-instruct"
+BIG = "llama-3.3-70b-instruct"
+CHAT = "/v1/chat/completions"
+PERFORMANCE = (
+    {"totalRequests", "totalErrors", "errorRate", "recentRequestCount", "completedRequestCount"}
+    | {"avgResponseTimeMs", "minResponseTimeMs", "maxResponseTimeMs", "medianResponseTimeMs"}
+    | {"p95ResponseTimeMs", "avgTtftMs", "avgTokensPerSec", "totalTokensProcessed"}
+    | {"requestsWithTokenData", "tokenStats"}
+)
+SYSTEM = {"uptime", "uptimeFormatted", "memoryUsage", "pythonVersion", "platform", "workers"}
+Launch = Callable[..., Gateway]
+Listen = Callable[..., EventReader]
+
+
+def chat(stream: bool = False, count: int = 2) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"count to {count}"}]
+    return {"model": MODEL, "messages": messages, "stream": stream}
+
+
+def ask(gateway: Gateway, path: str = CHAT, **headers: str) -> requests.Response:
+    """Over a connection of its own, so that any worker may serve."""
+    return requests.post(gateway.url + path, json=chat(), headers=headers, timeout=30)
+
+
+def seen(gateway: Gateway, path: str = "/debug/status") -> Any:
+    """What a worker, not always the same one, says now."""
+    return requests.get(gateway.url + path, timeout=30).json()
+
+
+class Stream:
+    """An endless chat over a connection of its own, of which the first token has come."""
+
+    def __init__(self, gateway: Gateway, request_id: str) -> None:
+        self.request_id = request_id
+        body = json.dumps(chat(stream=True, count=100_000)).encode()
+        lines = [f"POST {CHAT} HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
+        lines += [f"X-Request-Id: {request_id}", "X-Simulator-Pace-Ms: 100", "", ""]
+        self.socket = socket.create_connection(("127.0.0.1", gateway.port), 30)
+        self.port = self.socket.getsockname()[1]
+        self.socket.sendall("\r\n".join(lines).encode() + body)
+        while b'"content":"1 "' not in (piece := self.socket.recv(65536)):
+            assert piece
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture(scope="module")
+def shared(
+    state_url: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    gateway = Gateway(tmp_path_factory.mktemp("debug"), shared_simulator.url, STATE_URL=state_url)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture
+def observed(shared: Gateway, simulator: Simulator) -> Gateway:
+    """The module's gateway with nothing active and nothing running."""
+    assert shared.post("/admin/models/deactivate").status_code == 200
+    eventually(lambda: seen(shared)["status"] == "idle", 20)
+    return shared
+
+
+@pytest.fixture
+def streams() -> Iterator[Callable[..., list[Stream]]]:
+    """Begin endless streams; they end with the test."""
+    with ExitStack() as stack:
+
+        def begin(gateway: Gateway, *request_ids: str) -> list[Stream]:
+            return [stack.enter_context(closing(Stream(gateway, one))) for one in request_ids]
+
+        yield begin
+
+
+def test_an_idle_gateway_says_so(observed: Gateway) -> None:
+    status = seen(observed)
+    assert status.keys() == {"status", "currentOperation", "activeModel", "inFlight"} | {
+        "recentRequests",
+        "totalRequests",
+        "totalErrors",
+    }
+    assert status["status"] == "idle"
+    assert status["currentOperation"] is None
+    assert status["activeModel"] is None
+    assert status["inFlight"] == []
+
+
+def test_what_runs_in_any_worker_is_told_by_every_worker(
+    observed: Gateway, streams: Callable[..., list[Stream]]
+) -> None:
+    names = {f"run-{number}" for number in range(12)}
+    running = streams(observed, *names)
+    for _ in range(10):
+        eventually(lambda: {one["requestId"] for one in seen(observed)["inFlight"]} == names, 20)
+    status = seen(observed)
+    assert status["status"] == "processing_inference"
+    assert status["currentOperation"]["requestId"] == running[0].request_id
+    shown = status["inFlight"][0]
+    assert (shown["method"], shown["path"], shown["model"]) == ("POST", CHAT, MODEL)
+    assert shown["elapsedMs"] >= 0
+    for one in running:
+        one.close()
+    eventually(lambda: seen(observed)["status"] == "idle", 20)
+    assert seen(observed)["inFlight"] == []
+
+
+def test_two_exchanges_of_one_request_id_are_two(
+    observed: Gateway, streams: Callable[..., list[Stream]]
+) -> None:
+    first, _ = streams(observed, "same", "same")
+    eventually(lambda: len(seen(observed)["inFlight"]) == 2, 20)
+    before = len([e for e in seen(observed)["recentRequests"] if e["requestId"] == "same"])
+    first.close()
+    eventually(
+        lambda: [e["requestId"] for e in seen(observed)["recentRequests"]].count("same") > before,
+        20,
+    )
+    assert len(seen(observed)["inFlight"]) == 1
+    assert seen(observed)["status"] == "processing_inference"
+
+
+def test_a_load_is_told_while_it_lasts(observed: Gateway) -> None:
+    body = json.dumps({"modelKey": BIG}).encode()
+    lines = ["POST /admin/models/load HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
+    lines += ["Content-Type: application/json", "", ""]
+    with socket.create_connection(("127.0.0.1", observed.port), 30) as client:
+        client.sendall("\r\n".join(lines).encode() + body)
+        eventually(lambda: seen(observed)["status"] == "loading_model", 20)
+        status = eventually(lambda: (now := seen(observed))["currentOperation"] and now, 20)
+        assert status["currentOperation"]["modelKey"] == BIG
+        assert [one["operation"] for one in status["inFlight"]] == ["model_load"]
+    # the client has left: the load is cancelled
+    eventually(lambda: seen(observed)["status"] == "idle", 20)
+
+
+def test_recent_requests_are_the_ten_newest_the_newest_first(observed: Gateway) -> None:
+    names = [f"recent-{number}" for number in range(12)]
+    for name in names:
+        ask(observed, **{"X-Request-Id": name})
+        eventually(lambda n=name: seen(observed)["recentRequests"][0]["requestId"] == n, 20)
+    told = [one["requestId"] for one in seen(observed)["recentRequests"]]
+    assert told == names[:1:-1]
+
+
+def test_only_exchanges_are_counted(observed: Gateway) -> None:
+    before = seen(observed)
+    for path in ("/health", "/admin/models", "/api/v0/models", "/debug/metrics", "/metrics", "/no"):
+        seen_by_client = requests.get(observed.url + path, timeout=30)
+        assert seen_by_client.status_code in (200, 404)
+    assert [seen(observed)[n] - before[n] for n in ("totalRequests", "totalErrors")] == [0, 0]
+    assert ask(observed).status_code == 200
+    assert ask(observed, "/chat/completions").status_code == 200
+    assert requests.get(observed.url + "/models", timeout=30).status_code == 200
+    assert ask(observed, **{"X-Simulator-Fault": "refuse-500"}).status_code == 500
+    assert ask(observed, "/v1/nothing").status_code == 404
+    after = eventually(
+        lambda: (now := seen(observed))["totalRequests"] == before["totalRequests"] + 5 and now, 20
+    )
+    assert after["totalErrors"] == before["totalErrors"] + 2
+
+
+def test_metrics_has_the_contracts_members(observed: Gateway) -> None:
+    ask(observed)
+    eventually(lambda: seen(observed, "/debug/metrics")["recentActivity"]["last10Requests"], 20)
+    told = seen(observed, "/debug/metrics")
+    assert told.keys() == {"modelInfo", "performance", "recentActivity", "system"} | {
+        "currentOperation"
+    }
+    performance = told["performance"]
+    assert performance.keys() == PERFORMANCE
+    least, most = performance["minResponseTimeMs"], performance["maxResponseTimeMs"]
+    assert 0 < least <= performance["medianResponseTimeMs"] <= performance["p95ResponseTimeMs"]
+    assert least <= performance["avgResponseTimeMs"] <= most
+    assert told["system"].keys() == SYSTEM
+    assert told["system"]["memoryUsage"]["rss"] > 1e6
+    assert told["system"]["workers"] == 2
+    assert told["currentOperation"] is None
+    assert told["modelInfo"] is None
+    recent = told["recentActivity"]["last10Requests"]
+    assert 0 < len(recent) <= 10
+
+
+def test_a_killed_worker_loses_its_own_exchanges_and_they_are_told(
+    launch: Launch, listen: Listen, state_url: str, streams: Callable[..., list[Stream]]
+) -> None:
+    gateway = launch(STATE_URL=state_url)
+    reader = listen(gateway)
+    before = seen(gateway)
+    names = [f"kill-{number}" for number in range(12)]
+    running = streams(gateway, *names)
+    for name in names:
+        reader.until("inference_start", requestId=name)
+    by_worker = {pid: connected(pid, gateway.port) for pid in gateway.workers()}
+    reader_port = reader.port
+    victim = next(
+        pid
+        for pid, ports in by_worker.items()
+        if reader_port not in ports and any(one.port in ports for one in running)
+    )
+    lost = {one.request_id for one in running if one.port in by_worker[victim]}
+    os.kill(victim, signal.SIGKILL)
+    for name in lost:
+        error = reader.until("error", requestId=name)
+        assert error["operation"] == "inference"
+        assert reader.until("inference_complete", requestId=name)["cancelled"] is False
+    for one in running:
+        one.close()
+    eventually(lambda: seen(gateway)["status"] == "idle", 30)
+    for name in names:
+        reader.until("inference_complete", requestId=name)
+        assert len(reader.of("inference_complete", requestId=name)) == 1
+    eventually(lambda: len(gateway.workers()) == 2, 20)
+    for _ in range(8):
+        assert ask(gateway).status_code == 200
+    told = eventually(lambda: (now := seen(gateway))["status"] == "idle" and now, 20)
+    performance = seen(gateway, "/debug/metrics")["performance"]
+    for counted in (told, performance):
+        assert counted["totalRequests"] - before["totalRequests"] == len(names) + 8
+        assert counted["totalErrors"] - before["totalErrors"] == len(lost)
+
+
+def connected(pid: int, port: int) -> set[int]:
+    """The client ports of a worker's connections."""
+    found = psutil.Process(pid).net_connections("tcp")
+    return {one.raddr.port for one in found if one.raddr and one.laddr.port == port}

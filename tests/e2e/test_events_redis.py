@@ -1,0 +1,237 @@
+"""Several gateways on one Redis are one; a Redis that is away stops no inference."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.conftest import EventReader
+from tests.processes import Gateway, Simulator, eventually
+from tests.redis_server import RedisServer
+
+MODEL, OTHER = "qwen2-1.5b-instruct", "qwen2.5-7b-instruct"
+MESSAGES = [{"role": "user", "content": "count to 2"}]
+CHAT = "/v1/chat/completions"
+Launch = Callable[..., Gateway]
+Listen = Callable[..., EventReader]
+
+
+@pytest.fixture(scope="module")
+def shared_pair(
+    redis_server: RedisServer, shared_simulator: Simulator, tmp_path_factory: Any
+) -> Iterator[tuple[Gateway, Gateway]]:
+    folder = tmp_path_factory.mktemp("pair")
+    url = shared_simulator.url
+    first = Gateway(folder / "a", url, STATE_URL=redis_server.url)
+    second = Gateway(folder / "b", url, STATE_URL=redis_server.url)
+    yield first, second
+    first.stop()
+    second.stop()
+
+
+@pytest.fixture
+def pair(shared_pair: tuple[Gateway, Gateway], simulator: Simulator) -> tuple[Gateway, Gateway]:
+    """Two gateways of two workers each, as if on two machines."""
+    return shared_pair
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that the test may stop."""
+    server = RedisServer(tmp_path / "redis")
+    yield server
+    server.thaw()
+    server.stop()
+
+
+def ask(gateway: Gateway, **headers: str) -> requests.Response:
+    """A chat without a model, over a connection of its own."""
+    url = gateway.url + CHAT
+    return requests.post(url, json={"messages": MESSAGES}, headers=headers, timeout=30)
+
+
+def activate(gateway: Gateway, key: str = MODEL) -> requests.Response:
+    return gateway.post("/admin/models/activate", {"modelKey": key})
+
+
+def status(gateway: Gateway) -> Any:
+    return requests.get(f"{gateway.url}/debug/status", timeout=30).json()
+
+
+def health(gateway: Gateway) -> str:
+    return str(requests.get(f"{gateway.url}/health", timeout=30).json()["status"])
+
+
+def model_sent(simulator: Simulator) -> str:
+    return str(json.loads(simulator.last_request()["body"])["model"])
+
+
+def test_an_activation_on_one_is_used_by_the_next_request_to_the_other(
+    pair: tuple[Gateway, Gateway], simulator: Simulator
+) -> None:
+    for number in range(20):
+        here, there = pair if number % 2 else pair[::-1]
+        key = (MODEL, OTHER)[number % 2]
+        assert activate(here, key).status_code == 200
+        for gateway in (there, here):
+            assert ask(gateway).status_code == 200
+            assert model_sent(simulator) == key
+
+
+def test_events_of_one_are_read_at_the_other(pair: tuple[Gateway, Gateway], listen: Listen) -> None:
+    activate(pair[0])
+    reader = listen(pair[1])
+    reader.until("connected")
+    ids = [ask(gateway).headers["X-Request-Id"] for gateway in pair * 3]
+    for one in ids:
+        reader.until("inference_complete", requestId=one)
+    seen = [frame.id for frame in reader.frames[1:]]
+    assert seen == sorted(set(seen))
+
+
+def test_counters_and_recent_requests_are_of_both(pair: tuple[Gateway, Gateway]) -> None:
+    activate(pair[0])
+    totals = [eventually_steady(gateway) for gateway in pair]
+    assert totals[0] == totals[1]
+    ids = [ask(gateway).headers["X-Request-Id"] for gateway in (*pair, pair[0])]
+    for gateway in pair:
+        eventually(lambda g=gateway: status(g)["totalRequests"] == totals[0] + 3, 20)
+        recent = [one["requestId"] for one in status(gateway)["recentRequests"][:3]]
+        assert set(recent) == set(ids)
+
+
+def eventually_steady(gateway: Gateway) -> int:
+    """The total once two gateways have had the time to tell each other theirs."""
+    seen: list[int] = []
+
+    def steady() -> bool:
+        seen.append(status(gateway)["totalRequests"])
+        return len(seen) > 60 and len(set(seen[-60:])) == 1
+
+    eventually(steady, 30)
+    return seen[-1]
+
+
+def test_what_runs_on_one_is_told_by_the_other(pair: tuple[Gateway, Gateway]) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "count to 9999"}]}
+    pace = {"X-Simulator-Pace-Ms": "100", "X-Request-Id": "on-the-first"}
+    with requests.post(
+        pair[0].url + CHAT, json={**body, "stream": True}, headers=pace, stream=True, timeout=30
+    ):
+        told = eventually(lambda: status(pair[1])["inFlight"], 20)
+        assert [one["requestId"] for one in told] == ["on-the-first"]
+        assert status(pair[1])["status"] == "processing_inference"
+    eventually(lambda: status(pair[1])["status"] == "idle", 20)
+
+
+@pytest.mark.parametrize("away", ["stopped", "frozen"])
+def test_without_redis_inference_goes_on_with_the_last_known_model_and_health_tells(
+    launch: Launch, own_redis: RedisServer, simulator: Simulator, away: str
+) -> None:
+    gateway = launch(STATE_URL=own_redis.url)
+    assert activate(gateway).status_code == 200
+    assert health(gateway) == "ok"
+    if away == "stopped":
+        own_redis.stop()
+    else:
+        own_redis.freeze()
+    for _ in range(6):
+        assert ask(gateway).status_code == 200
+        assert model_sent(simulator) == MODEL
+    assert health(gateway) == "degraded"
+    refused = activate(gateway, OTHER)
+    assert refused.status_code == 503
+    assert refused.headers["Retry-After"]
+    told = requests.get(f"{gateway.url}/debug/status", timeout=30)
+    assert (told.status_code, told.json()["status"]) == (200, "error")
+    assert told.json()["totalRequests"] == 6
+    assert requests.get(f"{gateway.url}/metrics", timeout=30).status_code == 200
+    stream = requests.get(f"{gateway.url}/debug/stream", timeout=30)
+    assert stream.status_code == 503
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["same", "empty"])
+def test_events_resume_when_redis_is_back(
+    launch: Launch, listen: Listen, own_redis: RedisServer, kept: bool
+) -> None:
+    """``empty``: a Redis that kept nothing on its disk."""
+    gateway = launch(STATE_URL=own_redis.url)
+    assert activate(gateway).status_code == 200
+    old = listen(gateway)
+    old.until("connected")
+    for _ in range(5):
+        request_id = ask(gateway).headers["X-Request-Id"]
+        old.until("inference_complete", requestId=request_id)
+    (own_redis.save_and_stop if kept else own_redis.stop)()
+    waiting = [ask(gateway).headers["X-Request-Id"] for _ in range(3)]
+    own_redis.start()
+    eventually(lambda: health(gateway) == "ok", 30)
+    later = ask(gateway)
+    new = listen(gateway, last_id=0)
+    for reader in (new, old):
+        for one in [*waiting, later.headers["X-Request-Id"]]:
+            reader.until("inference_complete", requestId=one)
+            assert len(reader.of("inference_complete", requestId=one)) == 1
+    eventually(lambda: status(gateway)["status"] == "idle", 20)
+
+
+def test_a_redis_that_comes_back_declares_nobody_dead(
+    launch: Launch, listen: Listen, own_redis: RedisServer
+) -> None:
+    gateway = launch(STATE_URL=own_redis.url, WEB_CONCURRENCY=4)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "count to 9999"}]}
+    names = {f"long-{number}" for number in range(9)}
+    with ExitStack() as running:
+        for one in names:
+            pace = {"X-Simulator-Pace-Ms": "500", "X-Request-Id": one}
+            options: Any = {"json": {**body, "stream": True}, "headers": pace, "stream": True}
+            running.enter_context(requests.post(gateway.url + CHAT, timeout=60, **options))
+        eventually(lambda: len(status(gateway)["inFlight"]) == 9, 20)
+        own_redis.save_and_stop()
+        # longer than a worker may give no sign of life
+        back = time.monotonic() + 7
+        eventually(lambda: time.monotonic() > back, 20)
+        own_redis.start()
+        eventually(lambda: health(gateway) == "ok", 30)
+        marks = [ask_named(gateway).headers["X-Request-Id"] for _ in range(6)]
+        reader = listen(gateway, last_id=0)
+        for one in marks:
+            reader.until("inference_complete", requestId=one)
+        eventually(lambda: {o["requestId"] for o in status(gateway)["inFlight"]} == names, 20)
+    for one in names:
+        reader.until("inference_complete", requestId=one)
+    assert not reader.of("error")
+    seen = [data["requestId"] for data in reader.of("inference_complete")]
+    assert sorted(seen) == sorted([*names, *marks])
+
+
+def ask_named(gateway: Gateway) -> requests.Response:
+    """A chat that names its model, over a connection of its own."""
+    content = {"model": MODEL, "messages": MESSAGES}
+    return requests.post(gateway.url + CHAT, json=content, timeout=30)
+
+
+def test_a_redis_that_stalls_gets_no_event_twice(
+    launch: Launch, listen: Listen, own_redis: RedisServer
+) -> None:
+    gateway = launch(STATE_URL=own_redis.url)
+    activate(gateway)
+    own_redis.freeze()
+    ids = [ask(gateway).headers["X-Request-Id"] for _ in range(4)]
+    # by then the gateway has given up its first attempt to write
+    eventually(lambda: "events wait" in gateway.logged(), 30)
+    own_redis.thaw()
+    eventually(lambda: health(gateway) == "ok", 30)
+    ids.append(ask(gateway).headers["X-Request-Id"])
+    reader = listen(gateway, last_id=0)
+    for one in ids:
+        reader.until("inference_complete", requestId=one)
+    seen = [data["requestId"] for data in reader.of("inference_complete")]
+    assert sorted(seen) == sorted(ids)

@@ -1,0 +1,277 @@
+"""/metrics is right over all workers, dead ones too, and stays small whatever clients send."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.conftest import EventReader
+from tests.processes import Gateway, Simulator, eventually
+
+MODEL = "qwen2-1.5b-instruct"
+CHAT = "/v1/chat/completions"
+PREFIX = "lmstudio_gateway_"
+KEY = "metrics-key-0123456789abc"
+KEYED = {"Authorization": f"Bearer {KEY}"}
+Launch = Callable[..., Gateway]
+Listen = Callable[..., EventReader]
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def scrape(gateway: Gateway) -> Samples:
+    """Every sample of /metrics, read by Prometheus' own parser."""
+    answer = requests.get(f"{gateway.url}/metrics", headers=KEYED, timeout=30)
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    """The sum of the samples of that name with these labels."""
+    return sum(
+        number
+        for (full, told), number in samples.items()
+        if full in (name, PREFIX + name) and labels.items() <= dict(told).items()
+    )
+
+
+def chat(stream: bool = False, count: int = 3) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"count to {count}"}]
+    return {"model": MODEL, "messages": messages, "stream": stream}
+
+
+def send(gateway: Gateway, method: str, path: str, **options: Any) -> int:
+    """One request over a connection of its own; returns its status."""
+    options["headers"] = {**KEYED, **options.get("headers", {})}
+    return requests.request(method, gateway.url + path, timeout=60, **options).status_code
+
+
+@pytest.fixture(scope="module")
+def shared_metered(
+    shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("metrics")
+    gateway = Gateway(folder, shared_simulator.url, GATEWAY_API_KEY=KEY)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture
+def metered(shared_metered: Gateway, simulator: Simulator) -> Gateway:
+    """The module's gateway of two workers, which wants a key."""
+    return shared_metered
+
+
+def test_the_counters_are_what_was_sent(metered: Gateway) -> None:
+    fault = {"headers": {"X-Simulator-Fault": "refuse-500"}}
+    load: list[tuple[str, str, dict[str, Any]]] = [
+        *[("POST", CHAT, {"json": chat()})] * 20,
+        *[("POST", "/chat/completions", {"json": chat(stream=True)})] * 15,
+        *[("POST", CHAT, {"json": chat(), **fault})] * 4,
+        *[("POST", "/v1/embeddings", {"data": "{"})] * 3,
+        *[("GET", "/v1/models", {})] * 5,
+        *[("GET", "/v1/unheard/of", {})] * 2,
+        *[("GET", "/health", {}), ("GET", "/debug/status", {}), ("GET", "/api/v0/models", {})] * 3,
+    ]
+    before = scrape(metered)
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(lambda one: send(metered, one[0], one[1], **one[2]), load))
+    assert [statuses.count(status) for status in (500, 400, 404)] == [4, 3, 2]
+
+    def grown(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    # an exchange ends a moment after its client has read the last byte
+    eventually(lambda: value(scrape(metered), "requests_in_flight") == 0, 20)
+    after = scrape(metered)
+    assert grown("requests_started_total") == grown("requests_total") == 49
+    assert grown("requests_total", endpoint=CHAT, method="POST", status="200") == 35
+    assert grown("requests_total", endpoint=CHAT, method="POST", status="500") == 4
+    assert grown("requests_total", endpoint="/v1/embeddings", status="400") == 3
+    assert grown("requests_total", endpoint="/v1/models", method="GET", status="200") == 5
+    assert grown("requests_total", endpoint="other", method="GET", status="404") == 2
+    assert grown("request_errors_total") == 9
+    assert grown("gen_ai_server_request_duration_seconds_count") == 49
+    assert grown("gen_ai_server_time_to_first_token_seconds_count") == 15
+    assert grown("requests_with_tokens_total") == 35
+    assert grown("tokens_total", type="output") == 35 * 3
+    assert grown("tokens_total", type="input") == 35 * 3  # "count to 3" is three words
+    assert grown("cancellations_total") == 0
+    # a body that is no JSON never reaches LM Studio
+    assert grown("upstream_seconds_count") == grown("overhead_seconds_count") == 46
+
+
+def test_loads_refusals_and_the_upstream_are_counted(
+    metered: Gateway, simulator: Simulator
+) -> None:
+    before = scrape(metered)
+    load = {"modelKey": MODEL, "instanceId": "mine"}
+    assert send(metered, "POST", "/admin/models/load", json=load) == 200
+    assert send(metered, "POST", "/admin/models/load", json={"modelKey": "no"}) == 404
+    for path in (CHAT, "/debug/status", "/metrics"):
+        assert requests.get(metered.url + path, timeout=30).status_code == 401
+    after = scrape(metered)
+    for outcome in ("loaded", "failed"):
+        labels = {"outcome": outcome}
+        loads = [value(s, "model_loads_total", **labels) for s in (before, after)]
+        assert loads[1] - loads[0] == 1
+    refused = [value(s, "auth_failures_total", reason="invalid_api_key") for s in (before, after)]
+    assert refused[1] - refused[0] == 3
+    assert value(after, "upstream_up") == 1
+    simulator.faults(silent_http=True)
+    assert value(scrape(metered), "upstream_up") == 0
+    simulator.faults(silent_http=False)
+    assert value(scrape(metered), "upstream_up") == 1
+
+
+def test_what_runs_now_is_gauged(metered: Gateway, listen: Listen) -> None:
+    readers = [listen(metered, **KEYED) for _ in range(3)]
+    eventually(lambda: value(scrape(metered), "event_subscribers") == 3, 20)
+    before = value(scrape(metered), "cancellations_total")
+    pace = {**KEYED, "X-Simulator-Pace-Ms": "200"}
+    body = chat(stream=True, count=9999)
+    running = [
+        requests.post(metered.url + CHAT, json=body, headers=pace, stream=True, timeout=30)
+        for _ in range(6)
+    ]
+    assert value(scrape(metered), "requests_in_flight") == 6
+    for one in running:
+        one.close()
+    eventually(lambda: value(scrape(metered), "requests_in_flight") == 0, 20)
+    after = scrape(metered)
+    assert value(after, "cancellations_total") - before == 6
+    assert value(after, "requests_total", status="499") >= 6
+    for reader in readers:
+        reader.close()
+    eventually(lambda: value(scrape(metered), "event_subscribers") == 0, 20)
+
+
+def test_after_a_worker_was_killed_nothing_counted_is_lost(launch: Launch) -> None:
+    gateway = launch(GATEWAY_API_KEY=KEY)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: send(gateway, "POST", CHAT, json=chat()), range(24)))
+    pace = {**KEYED, "X-Simulator-Pace-Ms": "200"}
+    body = chat(stream=True, count=9999)
+    running = [
+        requests.post(gateway.url + CHAT, json=body, headers=pace, stream=True, timeout=30)
+        for _ in range(6)
+    ]
+    for pid in gateway.workers():
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: gateway.logged().count("Booting worker") >= 4, 20)
+    for one in running:
+        one.close()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: send(gateway, "POST", CHAT, json=chat()), range(10)))
+    eventually(lambda: value(scrape(gateway), "requests_in_flight") == 0, 20)
+    samples = scrape(gateway)
+    assert value(samples, "requests_started_total") == 24 + 6 + 10
+    assert value(samples, "requests_total", status="200") == 34
+    assert value(samples, "tokens_total", type="output") == 34 * 3
+    told = requests.get(f"{gateway.url}/debug/metrics", headers=KEYED, timeout=30).json()
+    assert told["performance"]["totalRequests"] == 40
+    assert told["performance"]["totalErrors"] == 6
+
+
+def test_names_and_units_are_as_prometheus_wants_them(metered: Gateway) -> None:
+    send(metered, "POST", CHAT, json=chat(stream=True))
+    text = requests.get(f"{metered.url}/metrics", headers=KEYED, timeout=30).text
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families) > 10
+    for family in families:
+        assert family.documentation, family.name
+        assert family.name.startswith((PREFIX, "gen_ai_")), family.name
+        assert family.type in ("counter", "histogram", "gauge")
+        if family.type == "counter":
+            assert {sample.name for sample in family.samples} == {family.name + "_total"}
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+        if family.type == "gauge":
+            assert not family.name.endswith(("_total", "_count", "_sum"))
+        for sample in family.samples:
+            assert "pid" not in sample.labels
+
+
+def odd_request(number: int) -> str:
+    method = ("GET", "POST", f"ODD{number}", "PROPFIND")[number % 4]
+    path = (f"/v1/odd/{number}", f"{CHAT}/{number}", f"/models/odd-{number}", f"/{number}")[
+        number // 4 % 4
+    ]
+    return f"{method} {path} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\nX-API-Key: {KEY}\r\n"
+
+
+def test_odd_requests_make_no_new_series(metered: Gateway) -> None:
+    def send_odd(number: int) -> None:
+        with socket.create_connection(("127.0.0.1", metered.port), 30) as client:
+            client.sendall(f"{odd_request(number)}Content-Length: 0\r\n\r\n".encode())
+            while client.recv(65536):
+                pass
+
+    before = value(scrape(metered), "requests_total")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(send_odd, range(16)))
+        settled = scrape(metered)
+        list(pool.map(send_odd, range(16, 200)))
+    after = scrape(metered)
+    assert value(after, "requests_total") - before >= 140
+    assert after.keys() == settled.keys()
+    endpoints = {dict(labels).get("endpoint") for _, labels in after}
+    assert not {one for one in endpoints if one and "odd" in one}
+
+
+def metric_folders(pid: int) -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob(f"lmstudio-gateway-metrics-{pid}-*"))
+
+
+def test_the_counter_files_go_with_the_gateway_and_those_of_dead_ones_too(launch: Launch) -> None:
+    gateway = launch()
+    assert requests.get(f"{gateway.url}/metrics", timeout=30).status_code == 200
+    [folder] = metric_folders(gateway.process.pid)
+    assert any(folder.iterdir())
+    killed = gateway.process.pid
+    os.killpg(killed, signal.SIGKILL)
+    gateway.process.wait(20)
+    assert metric_folders(killed) == [folder]
+    gateway.log.unlink()
+    gateway.start()
+    assert not metric_folders(killed)
+    pid = gateway.process.pid
+    assert metric_folders(pid)
+    gateway.stop()
+    assert not metric_folders(pid)
+
+
+def told_counters(client: Any) -> bytes:
+    """What the gateways have told each other, as it is stored."""
+    return b"".join(client.get(key) or b"" for key in client.keys("*counters*"))
+
+
+def test_counters_begin_anew_with_the_gateway(launch: Launch, state_url: str) -> None:
+    gateway = launch(GATEWAY_API_KEY=KEY, STATE_URL=state_url)
+    assert send(gateway, "POST", CHAT, json=chat()) == 200
+    if state_url.startswith("redis"):
+        with redis.Redis.from_url(state_url) as client:
+            # the machine has told the others
+            eventually(lambda: b'"requests": 1.0' in told_counters(client), 20)
+    gateway.stop()
+    gateway.log.unlink()
+    gateway.start()
+    assert value(scrape(gateway), "requests_total") == 0
+    told = json.loads(gateway.get("/debug/metrics", headers=KEYED).text)["performance"]
+    assert (told["totalRequests"], told["totalErrors"]) == (0, 0)

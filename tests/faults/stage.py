@@ -1,0 +1,261 @@
+"""What the faults are played on: a patched gateway, clients that never stop, streams, a small disk.
+
+Nothing here imports gevent: the clients are threads.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import START_TIMEOUT, Gateway, eventually
+
+MODEL = "qwen2-1.5b-instruct"
+CHAT = "/v1/chat/completions"
+#: Constants are set in the worker, after gunicorn has forked and gevent has patched it.
+_SCRIPT = """
+import resource
+from gateway import server, worker
+{before}
+plain_run = worker.Worker.run
+def run(self):
+    import gateway.proxy
+{inside}
+    plain_run(self)
+worker.Worker.run = run
+server.serve(server.servable_or_exit())
+"""
+
+
+@dataclass
+class Row:
+    """One line of the campaign's table. ``problems`` is what must not have happened, in words."""
+
+    fault: str
+    lost: str
+    healed: str
+    problems: list[str]
+
+
+class Patched(Gateway):
+    """A gateway with constants of the test's: ``before`` runs in the master, ``inside`` in each
+    worker."""
+
+    def __init__(
+        self, folder: Path, lmstudio: str, before: str = "", inside: str = "pass", **settings: Any
+    ) -> None:
+        self.script = _SCRIPT.format(before=before, inside=f"    {inside}")
+        super().__init__(folder, lmstudio, **settings)
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", self.script],
+                env={**self.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                cwd=self.folder,
+                stderr=log,
+                start_new_session=True,
+            )
+        eventually(self._is_up, START_TIMEOUT)
+
+
+def chat(count: int, stream: bool, **more: Any) -> bytes:
+    """A chat whose answer counts to ``count``."""
+    messages = [{"role": "user", "content": f"count to {count}"}]
+    return json.dumps({"model": MODEL, "messages": messages, "stream": stream, **more}).encode()
+
+
+class Crowd:
+    """Clients that ask one question after the other, some over kept connections, some not."""
+
+    def __init__(self, port: int, clients: int, question: bytes | None = None) -> None:
+        self.port, self.done = port, 0
+        self.answers: Counter[int] = Counter()
+        self.failures: list[str] = []
+        self._question = question or chat(3, False)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(90)
+
+    def _run(self, number: int) -> None:
+        kept = None
+        while not self._stop.is_set():
+            connection = kept or http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            try:
+                connection.request("POST", CHAT, self._question)
+                answer = connection.getresponse()
+                text = answer.read()
+                self._note(answer.status, "" if answer.status == 200 else repr(text[:200]))
+                kept = connection if number % 2 and not answer.will_close else None
+            except (OSError, http.client.HTTPException) as error:
+                self._note(0, repr(error))
+                kept = None
+            if kept is None:
+                connection.close()
+        if kept is not None:
+            kept.close()
+
+    def _note(self, status: int, words: str) -> None:
+        with self._lock:
+            self.done += 1
+            self.answers[status] += 1
+            if words:
+                self.failures.append(f"{status} {words}")
+
+
+class Stream:
+    """One chat stream that is read in the background."""
+
+    def __init__(self, port: int, count: int = 20, pace_ms: float = 50) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), 90)
+        body = chat(count, True)
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: gateway\r\nX-Simulator-Pace-Ms: {pace_ms}\r\n"
+        self.sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self.text = b""
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    @property
+    def begun(self) -> bool:
+        return b"data:" in self.text
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has come whole, to its proper end."""
+        return b"data: [DONE]" in self.text and self.text.endswith(b"0\r\n\r\n")
+
+    @property
+    def told(self) -> bool:
+        """Whether the answer ended with an error event and no end that looks complete."""
+        ended = b"data: [DONE]" in self.text or self.text.endswith(b"0\r\n\r\n")
+        return b'data: {"error":' in self.text and not ended
+
+    def join(self, timeout: float = 90) -> None:
+        self._thread.join(timeout)
+        assert not self.running, "a stream never ends"
+        self.sock.close()
+
+    def _read(self) -> None:
+        try:
+            while not self.text.endswith(b"\r\n0\r\n\r\n"):
+                data = self.sock.recv(65536)
+                if not data:
+                    return
+                self.text += data
+        except OSError:
+            return
+
+
+def streams(port: int, crowd: int, **shape: Any) -> list[Stream]:
+    """So many streams, all of which have begun."""
+    made = [Stream(port, **shape) for _ in range(crowd)]
+    eventually(lambda: all(one.begun for one in made), 60)
+    return made
+
+
+def ask(port: int, timeout: float = 60, method: str = "POST", path: str = CHAT, body: Any = None,
+        headers: dict[str, str] | None = None) -> tuple[int, Any]:  # fmt: skip
+    """Status and JSON of one request over a connection of its own; status 0 without an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    content = json.dumps(body).encode() if body is not None else chat(2, False)
+    try:
+        connection.request(method, path, content if method == "POST" else None, headers or {})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read() or b"null")
+    except (OSError, http.client.HTTPException):
+        return 0, None
+    finally:
+        connection.close()
+
+
+def healed(condition: Callable[[], Any], timeout: float = 60) -> str:
+    """The time until a condition holds, as the table tells it."""
+    began = time.monotonic()
+    eventually(condition, timeout)
+    return f"{time.monotonic() - began:.1f} s"
+
+
+def serves(port: int) -> bool:
+    """Whether twenty chats in a row, over whichever worker, are answered."""
+    return all(ask(port, 10)[0] == 200 for _ in range(20))
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
+    """A disk of 2 MiB at ``folder``; what is yielded makes it ``full`` or ``well`` again. Only root
+    can mount one: for anybody else the test is skipped."""
+    folder.mkdir(parents=True)
+    command = ("mount", "-t", "tmpfs", "-o", "size=2m", "small", str(folder))
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("only root can mount a small disk")
+    ballast = folder / "ballast"
+
+    def change(what: str) -> None:
+        if what == "full":
+            _fill(ballast)
+        else:
+            ballast.unlink()
+
+    try:
+        yield change
+    finally:
+        subprocess.run(("umount", "-l", str(folder)), check=True)
+
+
+@contextmanager
+def locked(database: Path) -> Iterator[Callable[[str], None]]:
+    """What is yielded makes another process' endless write of the database, and ends it."""
+    held: list[sqlite3.Connection] = []
+
+    def change(what: str) -> None:
+        if what == "locked":
+            held.append(sqlite3.connect(database, timeout=30, isolation_level=None))
+            held[0].execute("BEGIN EXCLUSIVE")
+        else:
+            held.pop().close()
+
+    yield change
+    while held:
+        held.pop().close()
+
+
+def tracebacks(gateway: Gateway, *but: str) -> list[str]:
+    """The tracebacks in the log, those aside that end in a line with one of the given words."""
+    found = re.findall(r"Traceback \(most recent call last\):\n(?:  .*\n)*.*", gateway.logged())
+    return [one[-600:] for one in found if not any(word in one for word in but)][:3]
+
+
+def _fill(ballast: Path) -> None:
+    with ballast.open("wb", buffering=0) as file:
+        for size in (65536, 1024, 1):
+            try:
+                while True:
+                    file.write(size * b"x")
+            except OSError:
+                continue
