@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import secrets
 import sys
 import time
@@ -25,6 +26,8 @@ from gateway.record import Record, milliseconds
 MAX_LINES = 50_000
 #: Seconds in which lines are collected for one write.
 COLLECT_SECONDS = 0.05
+
+_HARMLESS = re.compile(r"[\x21\x23-\x7e]+")
 
 
 class Accounts:
@@ -144,13 +147,13 @@ class AccessLog:
         entry["timestamp"] = timestamp(entry["timestamp"])
         if self._json:
             named = {"level": "info", "logger": "gateway.access", **entry}
-            return json.dumps(named, ensure_ascii=False) + "\n"
+            return json.dumps(named) + "\n"
         fields = " ".join(
             f"{name}={_text(value)}"
             for name, value in entry.items()
             if name not in ("timestamp", "method", "path") and value not in (None, "")
         )
-        where = f"{_plain(entry['method'])} {_plain(entry['path'])}"
+        where = f"{_text(entry['method'])} {_text(entry['path'])}"
         return f"{entry['timestamp']} info gateway.access: {where} {fields}\n"
 
 
@@ -159,16 +162,12 @@ def _after(began: float, moment: float | None) -> float | None:
 
 
 def _text(value: Any) -> str:
+    """A value as it stands in a text line; what could forge fields or lines is quoted."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False) if " " in value else _plain(value)
+        return value if _HARMLESS.fullmatch(value) else json.dumps(value)
     return str(value)
-
-
-def _plain(text: str) -> str:
-    """No line breaks or terminal codes of a client's in the log."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _write(text: str) -> None:

@@ -118,7 +118,7 @@ def _log_entry(environ: Environ, status: int, size: int | None) -> dict[str, Any
         "requestId": environ[REQUEST_ID],
         "client": environ.get(CLIENT, ""),
         "method": environ["REQUEST_METHOD"],
-        "path": environ["PATH_INFO"],
+        "path": environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace"),
         "status": status,
         "bytes": size,
         "totalMs": milliseconds(time.monotonic() - began),

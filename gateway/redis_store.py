@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -81,6 +82,11 @@ class RedisStore:
         self._worker = f"{self.machine}-{os.getpid()}-{secrets.token_hex(4)}"
         # one for all workers of a gateway: they are children of one master
         self._counters = f"{COUNTERS}:{socket.gethostname()}:{os.getppid()}"
+        #: From when on (time.monotonic()) a worker without a sign of life counts as dead.
+        self._judges_from = time.monotonic() + ALIVE_SECONDS
+        # publish knows no database numbers
+        database = self._redis.connection_pool.connection_kwargs.get("db") or 0
+        self._changes = f"{CHANGES}:{database}"
         self._active: Active | None = None
         self._listening = Event()
         self._append = self._redis.register_script(_APPEND)
@@ -102,7 +108,7 @@ class RedisStore:
         def change() -> int:
             pipe = self._redis.pipeline()
             pipe.set(ACTIVE, active.to_json() if active else "null")
-            pipe.publish(CHANGES, nonce)
+            pipe.publish(self._changes, nonce)
             return cast(int, pipe.execute()[1])
 
         heard = self._try(change)
@@ -163,6 +169,9 @@ class RedisStore:
         return sorted(found, key=lambda entry: float(entry["startedAt"]))
 
     def take_lost(self) -> list[dict[str, Any]]:
+        if time.monotonic() < self._judges_from:
+            self.ping()
+            return []
         lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT], args=[PREFIX + "worker:"]))
         return [json.loads(data) for data in lost]
 
@@ -202,7 +211,7 @@ class RedisStore:
             try:
                 pubsub = self._redis.pubsub(ignore_subscribe_messages=False)
                 with pubsub:
-                    pubsub.subscribe(CHANGES)
+                    pubsub.subscribe(self._changes)
                     self._follow(pubsub)
             except redis.RedisError:
                 gevent.sleep(0.5)
@@ -213,6 +222,9 @@ class RedisStore:
             if message is None:
                 continue
             # the subscription itself comes as a message: from here on nothing is missed
+            if self._active is not None:
+                # a Redis that lost its data gets it back (a deactivation is stored as "null")
+                self._redis.set(ACTIVE, self._active.to_json(), nx=True)
             stored = self._redis.get(ACTIVE)
             self._active = Active.from_json(stored) if stored else None
             self._listening.set()
@@ -224,9 +236,14 @@ class RedisStore:
                 pipe.execute()
 
     def _show_life(self) -> None:
+        last = 0.0
         while True:
             with suppress(redis.RedisError):
                 self._redis.set(f"{PREFIX}worker:{self._worker}", 1, ex=ALIVE_SECONDS)
+                if time.monotonic() - last >= ALIVE_SECONDS:
+                    # Redis was away: nobody could show life, so nobody is to be judged yet
+                    self._judges_from = time.monotonic() + ALIVE_SECONDS
+                last = time.monotonic()
             gevent.sleep(SIGN_SECONDS)
 
     def _is_alive(self, worker: bytes) -> bool:
