@@ -83,7 +83,8 @@ class RedisStore:
         # one for all workers of a gateway: they are children of one master
         self._counters = f"{COUNTERS}:{socket.gethostname()}:{os.getppid()}"
         #: From when on (time.monotonic()) a worker without a sign of life counts as dead.
-        self._judges_from = time.monotonic() + ALIVE_SECONDS
+        self._judges_from = 0.0
+        self._last_sign = time.monotonic()
         # publish knows no database numbers
         database = self._redis.connection_pool.connection_kwargs.get("db") or 0
         self._changes = f"{CHANGES}:{database}"
@@ -169,7 +170,8 @@ class RedisStore:
         return sorted(found, key=lambda entry: float(entry["startedAt"]))
 
     def take_lost(self) -> list[dict[str, Any]]:
-        if time.monotonic() < self._judges_from:
+        now = time.monotonic()
+        if now < self._judges_from or now - self._last_sign > 2 * SIGN_SECONDS:
             self.ping()
             return []
         lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT], args=[PREFIX + "worker:"]))
@@ -236,14 +238,14 @@ class RedisStore:
                 pipe.execute()
 
     def _show_life(self) -> None:
-        last = 0.0
         while True:
             with suppress(redis.RedisError):
                 self._redis.set(f"{PREFIX}worker:{self._worker}", 1, ex=ALIVE_SECONDS)
-                if time.monotonic() - last >= ALIVE_SECONDS:
+                now = time.monotonic()
+                if now - self._last_sign > 2 * SIGN_SECONDS:
                     # Redis was away: nobody could show life, so nobody is to be judged yet
-                    self._judges_from = time.monotonic() + ALIVE_SECONDS
-                last = time.monotonic()
+                    self._judges_from = now + ALIVE_SECONDS
+                self._last_sign = now
             gevent.sleep(SIGN_SECONDS)
 
     def _is_alive(self, worker: bytes) -> bool:

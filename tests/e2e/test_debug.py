@@ -182,6 +182,8 @@ def test_only_exchanges_are_counted(observed: Gateway) -> None:
 def test_metrics_has_the_contracts_members(observed: Gateway) -> None:
     ask(observed)
     eventually(lambda: seen(observed, "/debug/metrics")["recentActivity"]["last10Requests"], 20)
+    # that it has ended is told a moment after its answer
+    eventually(lambda: seen(observed, "/debug/metrics")["currentOperation"] is None, 20)
     told = seen(observed, "/debug/metrics")
     assert told.keys() == {"modelInfo", "performance", "recentActivity", "system"} | {
         "currentOperation"
