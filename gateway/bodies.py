@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import gevent
-
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError, RequestTimeout
 
 Environ = dict[str, Any]
@@ -17,19 +15,10 @@ Environ = dict[str, Any]
 Body = bytes | Iterator[bytes] | None
 
 _READ_BYTES = 65536
-#: Seconds in which each READ_BYTES of a request body must come: a trickling client is not served.
-READ_TIMEOUT = 30.0
 
 
 def check_length(environ: Environ, limit: int) -> None:
-    """Refuse a body whose head tells already that it is too large or can't be read."""
-    coding = environ.get("HTTP_TRANSFER_ENCODING", "chunked")
-    if coding.strip().lower() != "chunked":
-        raise GatewayError(
-            "Bodies can be chunked, but have no other transfer coding.",
-            status=501,
-            code="unsupported_transfer_coding",
-        )
+    """Refuse a body whose head tells already that it is too large."""
     length = environ.get("CONTENT_LENGTH") or "0"
     if length.isdigit() and int(length) > limit:
         raise too_large(limit)
@@ -43,7 +32,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
 def stream_body(environ: Environ, limit: int) -> Body:
     """The request body piece by piece, None when there is none."""
     length = environ.get("CONTENT_LENGTH") or ""
-    chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+    chunked = "HTTP_TRANSFER_ENCODING" in environ
     if not chunked and length in ("", "0"):
         return None if not length else b""
     return _pieces(environ, limit)
@@ -62,10 +51,11 @@ def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
     while expected is None or size < expected:
         wanted = _READ_BYTES if expected is None else min(_READ_BYTES, expected - size)
         try:
-            with gevent.Timeout(READ_TIMEOUT, RequestTimeout("The request body came too slowly.")):
-                piece = source.read(wanted)
+            piece = source.read(wanted)
         except GatewayError:
             raise
+        except TimeoutError:
+            raise RequestTimeout("The request body came too slowly.") from None
         except Exception as fault:
             # each WSGI server has its own exceptions for a body that breaks off or breaks rules
             what = type(fault).__name__

@@ -16,6 +16,8 @@ from typing import Any
 import gevent
 import gevent.monkey
 
+from gateway.connection import SOCKET
+
 _PlainSocket = gevent.monkey.get_original("socket", "socket")
 _READ = 1
 
@@ -73,7 +75,7 @@ class ClientWatch:
 
 def watch(environ: dict[str, Any], on_gone: Callable[[], None]) -> ClientWatch | None:
     """Watch the client of a request; None where the WSGI server does not tell its socket."""
-    client = environ.get("gunicorn.socket") or environ.get("gunicorn.sock")
+    client = environ.get(SOCKET)
     return None if client is None else ClientWatch(client, on_gone)
 
 

@@ -16,11 +16,24 @@ def main() -> None:
 
 
 @main.command()
-def serve() -> None:
+@click.option(
+    "--server",
+    "kind",
+    type=click.Choice(["gunicorn", "gevent"]),
+    default="gevent" if sys.platform == "win32" else "gunicorn",
+    show_default=True,
+    help="gevent: one process, wherever gunicorn does not run.",
+)
+def serve(kind: str) -> None:
     """Serve, as the settings in the environment and .env say."""
+    if kind == "gevent":
+        from gevent import monkey
+
+        monkey.patch_all()
     from gateway import server
 
-    server.serve(server.servable_or_exit())
+    settings = server.servable_or_exit()
+    (server.serve_gevent if kind == "gevent" else server.serve_gunicorn)(settings)
 
 
 @main.command()

@@ -7,10 +7,11 @@ reads what all workers wrote. Neither a slow store nor a slow reader is felt by 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -200,6 +201,8 @@ class Tail:
     def __init__(self, store: SharedStore) -> None:
         self._store = store
         self._recent: deque[tuple[int, str, bytes]] = deque(maxlen=MAX_RECENT)
+        #: What was found for readers since the last news: most of them are at the same place.
+        self._found: dict[tuple[int, frozenset[str]], tuple[bytes, int]] = {}
         self._news = Event()
         self._reader: gevent.Greenlet | None = None
         self.newest = 0
@@ -214,7 +217,7 @@ class Tail:
             raise TooManySubscribers("Too many readers of the event stream; try again later.")
         oldest, newest = self._store.span()
         if self._reader is None:
-            self._recent.clear()
+            self._forget()
             self.newest = newest
             self._reader = gevent.spawn(self._read_for_ever)
         self.subscribers += 1
@@ -249,10 +252,14 @@ class Tail:
         """The frames behind a place, and the new place."""
         if place >= self.newest:
             return b"", place
-        if self._recent and self._recent[0][0] <= place + 1:
-            found = [entry for entry in self._recent if entry[0] > place]
-            return _join(found, types), found[-1][0] if found else place
-        return self._from_store(place, types)
+        if not self._recent or self._recent[0][0] > place + 1:
+            return self._from_store(place, types)
+        found = self._found.get((place, types))
+        if found is None:
+            # what is kept in memory has no holes
+            entries = itertools.islice(self._recent, place + 1 - self._recent[0][0], None)
+            found = self._found[place, types] = _join(entries, types), self.newest
+        return found
 
     def _from_store(self, place: int, types: frozenset[str]) -> tuple[bytes, int]:
         try:
@@ -285,15 +292,20 @@ class Tail:
 
     def _take(self, stored: list[StoredEvent]) -> None:
         if stored[0].id != self.newest + 1:
-            self._recent.clear()  # what is kept in memory has no holes
+            self._forget()
+        self._found.clear()
         self._recent.extend((event.id, event.type, _frame(*event)) for event in stored)
         self.newest = stored[-1].id
 
     def _look_for_new_log(self, oldest: int, newest: int) -> None:
         if newest < self.newest:
-            self._recent.clear()
+            self._forget()
             self.newest = oldest - 1
             self.log_number += 1
+
+    def _forget(self) -> None:
+        self._recent.clear()
+        self._found.clear()
 
 
 class Subscription(Iterator[bytes | None]):
@@ -366,7 +378,7 @@ def _frame(event_id: int, event: str, data: bytes) -> bytes:
     return b"id: %d\nevent: %b\ndata: %b\n\n" % (event_id, event.encode(), data)
 
 
-def _join(entries: list[tuple[int, str, bytes]], types: frozenset[str]) -> bytes:
+def _join(entries: Iterable[tuple[int, str, bytes]], types: frozenset[str]) -> bytes:
     return b"".join(frame for _, kind, frame in entries if not types or kind in types)
 
 

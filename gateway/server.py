@@ -1,16 +1,24 @@
-"""How gunicorn serves the gateway: the settings' values for ``gunicorn.conf.py`` and ``serve``."""
+"""How the gateway is served: by gunicorn (``gunicorn.conf.py`` and ``serve``) or, where there is
+none, by gevent's own WSGI server in one process."""
 
 from __future__ import annotations
 
+import logging.config
 import os
+import signal
+import socket
 import sqlite3
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
+import gevent
 from flask import Flask
+from gevent.event import Event
+from gevent.pool import Pool
 
-from gateway import logs, worker
+from gateway import logs
 from gateway.settings import Settings, SettingsError, load, read_environment
 from gateway.store import open_sqlite, sqlite_path
 
@@ -18,20 +26,22 @@ from gateway.store import open_sqlite, sqlite_path
 WORKER_CONNECTIONS = 4096
 #: Seconds that running requests get after SIGTERM.
 GRACEFUL_TIMEOUT = 30
-#: Seconds that an idle client connection is kept, and that a request's head may take to come.
-KEEP_ALIVE = 65
 MOST_WORKERS = 4
+BACKLOG = 2048
+
+logger = logging.getLogger(__name__)
 
 
 def gunicorn_options(settings: Settings) -> dict[str, Any]:
     """gunicorn's settings by their names in a configuration file."""
+    from gateway import worker
+
     return {
         "bind": bind_address(settings),
         "workers": workers(),
         "worker_class": "gateway.worker.Worker",
         "worker_connections": WORKER_CONNECTIONS,
-        "backlog": 2048,
-        "keepalive": KEEP_ALIVE,
+        "backlog": BACKLOG,
         "graceful_timeout": GRACEFUL_TIMEOUT,
         "timeout": 60,
         # the SDK's client and gevent's hub must be made in the worker, after the fork
@@ -42,13 +52,6 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "loglevel": settings.log_level.replace("warn", "warning"),
         "logconfig_dict": logs.configuration(settings.log_level, settings.log_format),
         "control_socket_disable": True,
-        # X-Forwarded-* and friends are read by gateway.access alone: gunicorn takes nothing from
-        # them, and so need not look at the peer's address for each request
-        "forwarded_allow_ips": "*",
-        "secure_scheme_headers": {},
-        "forwarder_headers": "",
-        # methods "nobody knows" are LM Studio's to refuse
-        "permit_unconventional_http_method": True,
         "on_starting": worker.on_starting,
         "post_fork": worker.post_fork,
         "child_exit": worker.child_exit,
@@ -104,7 +107,7 @@ def check_state(url: str) -> None:
         raise SettingsError([f"STATE_URL: cannot open {path}: {fault}"]) from None
 
 
-def serve(settings: Settings) -> None:
+def serve_gunicorn(settings: Settings) -> None:
     """Run gunicorn in this process until a signal ends it."""
     from gunicorn.app.base import BaseApplication
 
@@ -119,6 +122,57 @@ def serve(settings: Settings) -> None:
             return create_app(settings)
 
     Application().run()
+
+
+def serve_gevent(settings: Settings) -> None:
+    """Serve from this process alone, where gunicorn does not run (Windows), until SIGTERM (or
+    Ctrl-C) ends it. Standard library modules must have been patched by gevent."""
+    from gateway.app import create_app
+    from gateway.connection import Server, drain
+
+    logging.config.dictConfig(logs.configuration(settings.log_level, settings.log_format))
+    app = create_app(settings)
+    parts = app.extensions["gateway"]
+    pool = Pool(WORKER_CONNECTIONS)
+    server = Server(_listener(settings), app, spawn=pool, log=None, error_log=None)
+    ended = Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(sig, ended.set)
+    parts.start()
+    server.start()
+    logger.info("Worker serves (pid: %s)", os.getpid())
+    ended.wait()
+    server.close()
+    ending = gevent.spawn(drain, app, [server], GRACEFUL_TIMEOUT)
+    pool.join(GRACEFUL_TIMEOUT)
+    ending.kill()
+    server.stop(timeout=1)
+    parts.stop()
+
+
+def _listener(settings: Settings) -> Any:
+    """The listening socket; exit status 1 in words when it can't be had."""
+    host = settings.gateway_host
+    path = host.removeprefix("unix:")
+    try:
+        if path != host:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.socket(family)
+            if os.name == "posix":  # elsewhere it means that others may take the port over
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            listener.bind((host, settings.gateway_port))
+        listener.listen(BACKLOG)
+    except OSError as fault:
+        print(f"cannot listen on {bind_address(settings)}: {fault.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
+    listener.setblocking(False)
+    return listener
 
 
 def _exit(error: SettingsError) -> SystemExit:

@@ -38,7 +38,7 @@ def run(self):
 {inside}
     plain_run(self)
 worker.Worker.run = run
-server.serve(server.servable_or_exit())
+server.serve_gunicorn(server.servable_or_exit())
 """
 
 

@@ -118,7 +118,7 @@ def test_the_wire(case: Case, way: str, places: dict[str, Place], simulator: Sim
         assert len(sent_on) == case.upstream, sent_on
     on_the_way = [wire(one) for one in sent_on]
     # what nginx says by itself is its own affair
-    if answers and (way == "direct" or b"\nServer: gunicorn" in answers[-1].head):
+    if answers and (way == "direct" or b"\nServer: lmstudio-gateway" in answers[-1].head):
         for text in case.contains:
             assert text.encode() in answers[-1].raw, answers[-1]
     for text in case.lacks:
