@@ -30,6 +30,9 @@ COLLECT_SECONDS = 0.02
 RETRY_SECONDS = 0.5
 #: Seconds between two looks for requests whose worker has died.
 LOST_SECONDS = 1.0
+#: Seconds between two deliveries to readers: what comes first is shown at once, what comes in
+#: crowds is shown together.
+PAUSE_SECONDS = 0.1
 #: Events that a worker keeps in memory for its readers, and the most that one read takes.
 MAX_RECENT = 2_000
 #: Readers of one worker; one more gets 503.
@@ -289,6 +292,7 @@ class Tail:
             if stored:
                 self._take(stored)
                 self.wake()
+                gevent.sleep(PAUSE_SECONDS)
 
     def _take(self, stored: list[StoredEvent]) -> None:
         if stored[0].id != self.newest + 1:
