@@ -107,19 +107,30 @@ def check_state(url: str) -> None:
         raise SettingsError([f"STATE_URL: cannot open {path}: {fault}"]) from None
 
 
-def serve_gunicorn(settings: Settings) -> None:
-    """Run gunicorn in this process until a signal ends it."""
+def serve_gunicorn(first: Settings) -> None:
+    """Run gunicorn in this process until a signal ends it; SIGHUP reads the settings again."""
     from gunicorn.app.base import BaseApplication
 
     class Application(BaseApplication):  # type: ignore[misc]
+        settings = first
+
         def load_config(self) -> None:
-            for name, value in gunicorn_options(settings).items():
+            for name, value in gunicorn_options(self.settings).items():
                 self.cfg.set(name, value)
 
         def load(self) -> Any:
             from gateway.app import create_app
 
-            return create_app(settings)
+            return create_app(self.settings)
+
+        def reload(self) -> None:
+            """SIGHUP: what .env says now; bad settings leave everything as it was."""
+            try:
+                self.settings = load()
+            except SettingsError as error:
+                for problem in error.problems:
+                    logger.error("settings not reloaded: %s", problem)
+            super().reload()
 
     Application().run()
 
