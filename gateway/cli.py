@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from gateway import __version__
+from gateway import __version__, commands
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,6 +66,10 @@ def demo(once: bool) -> None:
     from gateway import demo as tour
 
     sys.exit(tour.run(once=once))
+
+
+for command in commands.COMMANDS:
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 import requests
 
+from gateway.remote import read_events
+
 PREFERRED_PORT = 8002
 MODEL = "qwen2.5-7b-instruct"
 START_TIMEOUT = 30.0
@@ -204,13 +206,8 @@ def _events(answer: requests.Response) -> Iterator[tuple[str, Any]]:
     """Event name and data of an SSE answer; raises DemoError for another kind of answer."""
     if not answer.ok:
         raise DemoError(f"{answer.status_code}: {answer.text}")
-    event = ""
-    for line in answer.iter_lines():
-        if line.startswith(b"event: "):
-            event = line[7:].decode()
-        elif line.startswith(b"data: "):
-            data = line[6:]
-            yield event, data.decode() if data == b"[DONE]" else json.loads(data)
+    for _, name, data in read_events(answer.iter_lines()):
+        yield name, data if data == "[DONE]" else json.loads(data)
 
 
 def _json(answer: requests.Response) -> Any:

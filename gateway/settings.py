@@ -178,7 +178,7 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
-def _keys(text: str) -> tuple[Key, ...]:
+def parse_keys(text: str) -> tuple[Key, ...]:
     """``key`` or ``name:key``, comma-separated; a nameless key is called ``key-<position>``."""
     keys = []
     for position, item in enumerate(_items(text), start=1):
@@ -263,9 +263,9 @@ TABLE: tuple[Setting, ...] = (
     ),
     Setting("GATEWAY_HOST", "127.0.0.1", _host, "127.0.0.1", "bind address"),
     Setting("GATEWAY_PORT", "8002", _integer(0, 65535), "8002", "bind port"),
-    Setting("GATEWAY_API_KEY", "", _keys, "app:s3cr3t", "accepted keys"),
+    Setting("GATEWAY_API_KEY", "", parse_keys, "app:s3cr3t", "accepted keys"),
     Setting(
-        "GATEWAY_ADMIN_KEY", "", _keys, "ops:s3cr3t", "keys for /admin, /debug, /metrics, /api"
+        "GATEWAY_ADMIN_KEY", "", parse_keys, "ops:s3cr3t", "keys for /admin, /debug, /metrics, /api"
     ),
     Setting(
         "ALLOW_UNAUTHENTICATED",
@@ -334,11 +334,15 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 def read_environment() -> dict[str, str]:
     """``.env`` of the current directory, overlaid with the process's environment."""
+    return {**read_env_file(), **os.environ}
+
+
+def read_env_file() -> dict[str, str]:
+    """``.env`` of the current directory alone; empty without one. Raises SettingsError."""
     try:
-        from_file = {name: text for name, text in dotenv_values(".env").items() if text is not None}
+        return {name: text for name, text in dotenv_values(".env").items() if text is not None}
     except (OSError, UnicodeDecodeError):
         raise SettingsError([".env: can't be read as UTF-8 text"]) from None
-    return {**from_file, **os.environ}
 
 
 def is_loopback(host: str) -> bool:

@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 
 from gateway.app import create_app
+from gateway.commands import COMMANDS
 from gateway.events import TYPES
 from gateway.metrics import Metrics
 from gateway.settings import TABLE, load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.rst").read_text()
-VARIABLES = {setting.variable for setting in TABLE} | {"WEB_CONCURRENCY"}
+#: What gunicorn and the commands for administrators read: no settings of a gateway.
+OTHERS = {"WEB_CONCURRENCY", "GATEWAY_URL"}
+VARIABLES = {setting.variable for setting in TABLE} | OTHERS
 
 
 def test_readme_lists_every_setting_and_no_other() -> None:
@@ -30,7 +33,8 @@ def test_readme_gives_the_defaults_of_the_code() -> None:
 
 def test_env_example_lists_every_setting_with_its_default() -> None:
     lines = re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    defaults = {setting.variable: setting.default for setting in TABLE} | {"WEB_CONCURRENCY": ""}
+    defaults = {setting.variable: setting.default for setting in TABLE}
+    defaults |= dict.fromkeys(OTHERS, "")
     assert dict(lines) == defaults
 
 
@@ -42,6 +46,12 @@ def test_readme_lists_every_route_and_no_other(tmp_path: Path) -> None:
     settings = load({"STATE_URL": f"sqlite:///{tmp_path}/state.db"})
     rules = {str(rule) for rule in create_app(settings).url_map.iter_rules()}
     assert documented == {re.sub(r"<[^>]*>$", "<>", rule) for rule in rules}
+
+
+def test_readme_lists_every_command_and_no_other() -> None:
+    table = README.split("\nCommand line\n")[1].split("\n.. code-block")[0]
+    shown = re.findall(r"^``lmstudio-gateway ([a-z]+)\b.*?`` ", table, re.MULTILINE)
+    assert shown == [command.name for command in COMMANDS]
 
 
 def test_readme_lists_every_event_and_no_other() -> None:
