@@ -1,0 +1,159 @@
+"""Measure the gateway, the bare upstream, nginx and other proxies side by side.
+
+    python -m benchmarks [--rounds 5] [--seconds 2] [--only requests,streams,...]
+                         [--command 'NAME=command with {port} {upstream} {key}']
+
+Needs nginx and wrk (Debian packages). Everything is on loopback and shares this machine's cores:
+absolute figures say little; ratios are of one round, in which all targets come one after the other,
+their median is what is told, and the range of all rounds behind it says how noisy they are.
+benchmarks/README.rst tells how to install other proxies to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks import measures
+from benchmarks.measures import Requests, median
+from benchmarks.targets import Stand, Target
+
+CONNECTIONS = (1, 16, 64)
+PARTS = ("requests", "streams", "first-byte", "leaving", "memory", "growth", "start")
+
+
+class Run:
+    """One run over all rounds."""
+
+    def __init__(self, stand: Stand, targets: list[Target], rounds: int, seconds: float) -> None:
+        self.stand, self.targets = stand, targets
+        self.rounds, self.seconds = rounds, seconds
+        self.gateway = next(target for target in targets if target.name == "gateway")
+
+    def requests(self) -> None:
+        for connections in CONNECTIONS:
+            found: dict[str, list[Requests]] = {target.name: [] for target in self.targets}
+            for target in self._all_rounds():
+                one = measures.requests(target, self.stand.folder, connections, self.seconds)
+                found[target.name].append(one)
+            print(f"\nplain requests, {connections} connections")
+            _row("", "requests/s", "gateway's ratio", "CPU ms", "median ms", "p99 ms")
+            for name, rows in found.items():
+                rates = [row.per_second for row in rows]
+                own = [row.per_second for row in found["gateway"]]
+                _row(
+                    name,
+                    f"{median(rates):.0f}",
+                    _ratio(own, rates),
+                    f"{median([row.cpu_ms for row in rows]):.3f}",
+                    f"{median([row.median_ms for row in rows]):.2f}",
+                    f"{median([row.p99_ms for row in rows]):.2f}",
+                )
+
+    def streams(self) -> None:
+        for streams in CONNECTIONS:
+            found: dict[str, list[float]] = {target.name: [] for target in self.targets}
+            for target in self._all_rounds():
+                found[target.name].append(measures.fast_events(target, streams, self.seconds))
+            print(f"\nevents as fast as they can, {streams} streams")
+            _row("", "events/s", "gateway's ratio")
+            for name, rates in found.items():
+                _row(name, f"{median(rates):.0f}", _ratio(found["gateway"], rates))
+
+    def first_byte(self) -> None:
+        found: dict[str, list[float]] = {target.name: [] for target in self.targets}
+        for target in self._all_rounds():
+            found[target.name] += measures.first_bytes_ms(target, 50)
+        direct = sorted(found["upstream"])
+        print("\nfirst byte of a stream, added to the upstream's own")
+        _row("", "median ms", "p99 ms")
+        for name, times in found.items():
+            ordered = sorted(times)
+            added = [ordered[int(q * (len(ordered) - 1))] - direct[int(q * (len(direct) - 1))]
+                     for q in (0.5, 0.99)]  # fmt: skip
+            _row(name, *(f"{one:.2f}" for one in added))
+
+    def leaving(self) -> None:
+        print("\na client's leaving reaches the upstream")
+        _row("", "mid-stream ms", "in prefill ms")
+        for target in self.targets:
+            told = []
+            for prefill in (False, True):
+                times = measures.leaving_ms(target, self.stand.paced_port, 16, prefill=prefill)
+                reached = [time for time in times if time != float("inf")]
+                middle = f"{median(reached):.1f}" if reached else "never"
+                told.append(f"{middle} ({len(reached)} of {len(times)})")
+            _row(target.name, *told)
+
+    def memory(self) -> None:
+        print("\nmemory of all processes (PSS), MiB")
+        for target in self.targets:
+            if target.process is not None:
+                _row(target.name, f"{target.process.pss_mib():.0f}")
+
+    def growth(self) -> None:
+        sizes = (1_000, 10_000, 100_000, 1_000_000)
+        found: dict[int, list[float]] = {size: [] for size in sizes}
+        for _ in range(self.rounds):
+            for size in sizes:
+                one = measures.requests(self.gateway, self.stand.folder, 4, self.seconds, size)
+                found[size].append(one.cpu_ms)
+        print("\nCPU of a request whose body grows")
+        _row("bytes", "CPU ms", "us per KB beyond the first")
+        base = median(found[sizes[0]])
+        for size in sizes:
+            each = median(found[size])
+            slope = (each - base) / (size - 1000) * 1e6 if size > 1000 else 0.0
+            _row(str(size), f"{each:.3f}", f"{slope:.2f}")
+
+    def start(self) -> None:
+        times = [measures.start_seconds(self.stand.folder) for _ in range(self.rounds)]
+        print(f"\nserve answers /health after {median(times):.2f} s ({_range(times)})")
+
+    def _all_rounds(self) -> list[Target]:
+        """All targets in each round, every other round backwards."""
+        order = []
+        for number in range(self.rounds):
+            order += self.targets if number % 2 == 0 else self.targets[::-1]
+        return order
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--command", action="append", default=[], metavar="NAME=COMMAND")
+    wanted = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        stand = Stand(Path(folder))
+        try:
+            targets = [stand.upstream, stand.nginx(), stand.gateway()]
+            for given in wanted.command:
+                name, _, command = given.partition("=")
+                targets.append(stand.command(name, command))
+            run = Run(stand, targets, wanted.rounds, wanted.seconds)
+            for part in wanted.only.split(","):
+                getattr(run, part.replace("-", "_"))()
+        finally:
+            stand.stop()
+
+
+def _ratio(own: list[float], others: list[float]) -> str:
+    ratios = [one / other for one, other in zip(own, others, strict=True)]
+    return f"{median(ratios):.3f} ({_range(ratios)})"
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}"
+
+
+def _row(*cells: str) -> None:
+    print("  " + "  ".join(f"{cell:<24}" for cell in cells).rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
