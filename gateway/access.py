@@ -32,6 +32,8 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _ADMIN_PREFIXES = ("/admin/", "/debug/", "/metrics/", "/api/")
 _ADMIN_PATHS = ("/admin", "/debug", "/metrics", "/api")
 _HEALTH_PATHS = ("/health", "/health/", "/health/ready")
+#: The page for looking, which a browser must get before it can ask for the key.
+_PAGE_PATHS = ("/debug", "/debug/")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Access:
     def _check_key(self, environ: Environ) -> str:
         path = environ["PATH_INFO"]
         if path in _HEALTH_PATHS and not self._settings.require_auth_for_health:
+            return ""
+        if path in _PAGE_PATHS and environ["REQUEST_METHOD"] in ("GET", "HEAD"):
             return ""
         needs_admin = self._roles and _is_admin(path)
         if self._open and not needs_admin and not (self._roles and path in _HEALTH_PATHS):

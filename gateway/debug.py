@@ -1,4 +1,5 @@
-"""``/debug``: the event stream, and what the gateway does now, over all workers."""
+"""``/debug``: the page for looking, the event stream, and what the gateway does now, over all
+workers."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from flask import Blueprint, Response, current_app, request
 from gateway import cancellation, events
 from gateway.errors import BadRequest, dumps
 from gateway.metrics import PREFIX, Metrics
+from gateway.page import page
 from gateway.sse import KEEP_ALIVE
 from gateway.store import StoreError
 
@@ -23,6 +25,16 @@ from gateway.store import StoreError
 RECENT = 1000
 
 blueprint = Blueprint("debug", __name__, url_prefix="/debug")
+
+
+@blueprint.get("/")
+def look() -> Response:
+    """The page for looking, which asks for the key itself; ``/debug`` leads to it."""
+    if not request.path.endswith("/"):
+        # relative, so that a proxy's prefix stays
+        return Response(status=308, headers={"Location": "debug/"})
+    content, headers = page()
+    return Response(content, headers=headers)
 
 
 @blueprint.get("/stream")

@@ -108,6 +108,18 @@ def test_admin_paths_need_an_admin_key_once_one_is_set(path: str) -> None:
         gate.admit(environ(path))
 
 
+@pytest.mark.parametrize("path", ["/debug", "/debug/"])
+def test_reading_the_page_needs_no_key_but_a_place_on_the_allowlist(path: str) -> None:
+    gate = access(GATEWAY_API_KEY="app:user", GATEWAY_ADMIN_KEY="ops:root")
+    for method in ("GET", "HEAD"):
+        assert client_of(gate, environ(path, REQUEST_METHOD=method)) == ""
+    for method in ("POST", "DELETE", "OPTIONS"):
+        with pytest.raises(Unauthorized):
+            gate.admit(environ(path, REQUEST_METHOD=method))
+    with pytest.raises(Forbidden):
+        access(IP_ALLOWLIST="10.1.2.3").admit(environ(path))
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "/chat/completions", "/administration", "/apis"])
 def test_other_paths_are_for_either_key(path: str) -> None:
     gate = access(GATEWAY_API_KEY="app:user", GATEWAY_ADMIN_KEY="ops:root")
