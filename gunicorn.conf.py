@@ -1,5 +1,9 @@
 """gunicorn's configuration for ``gunicorn wsgi:app``: everything comes from the settings."""
 
-from gateway.server import gunicorn_options, servable_or_exit
+from gevent import monkey
+
+monkey.patch_all()
+
+from gateway.server import gunicorn_options, servable_or_exit  # noqa: E402
 
 globals().update(gunicorn_options(servable_or_exit()))

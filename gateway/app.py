@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import gevent
@@ -17,6 +16,7 @@ from gateway.access import Access
 from gateway.accounts import AccessLog, Accounts
 from gateway.errors import GatewayError
 from gateway.events import EventBus
+from gateway.lmstudio_link import get_link
 from gateway.metrics import Metrics
 from gateway.models import Models
 from gateway.store import SharedStore, open_store
@@ -101,7 +101,7 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
     counted = Metrics()
     bus = EventBus(store, counted.dropped)
     log = AccessLog(configured.log_level, configured.log_format)
-    models = Models(lambda: _open_link(configured), store)
+    models = Models(get_link(configured), store)
     relay = proxy.Proxy(configured, access, store, upstream, Accounts(bus, counted, log))
     ways = front.Front(access, counted, log, configured.max_body_bytes)
     return Gateway(
@@ -116,14 +116,6 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
         front=ways,
         started=time.time(),
     )
-
-
-def _open_link(configured: settings.Settings) -> Any:
-    """The process's link to LM Studio's management side. The SDK takes as long to import as all the
-    rest: that is done on first use, and in a real thread, so that streams go on meanwhile."""
-    module = "gateway.lmstudio_link"
-    link = gevent.get_hub().threadpool.apply(import_module, (module,))
-    return link.get_link(configured)
 
 
 def _parts() -> Gateway:

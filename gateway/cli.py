@@ -26,10 +26,9 @@ def main() -> None:
 )
 def serve(kind: str) -> None:
     """Serve, as the settings in the environment and .env say."""
-    if kind == "gevent":
-        from gevent import monkey
+    from gevent import monkey
 
-        monkey.patch_all()
+    monkey.patch_all()  # gunicorn's master too: what it imports, its workers share
     from gateway import server
 
     settings = server.servable_or_exit()

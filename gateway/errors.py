@@ -106,16 +106,6 @@ class UpstreamTimeout(GatewayError):
     status, code = 504, "upstream_timeout"
 
 
-class ServerRefused(Exception):
-    """LM Studio answered a call of ours with an error, which may mean this or that to the client.
-    ``code`` is ``displayData.code`` or empty."""
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.code = code
-
-
 def dialect(path: str) -> str:
     """The error dialect of a request path (shorthand paths speak like their ``/v1`` twins)."""
     if path in ("/v1/messages", "/messages") or path.startswith("/v1/messages/"):

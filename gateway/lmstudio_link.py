@@ -26,7 +26,7 @@ from lmstudio._ws_thread import SyncToAsyncWebsocketBridge
 from lmstudio.json_api import LoadModelEndpoint
 from lmstudio.sync_api import SyncLMStudioWebsocket
 
-from gateway.errors import BadGateway, GatewayError, ServerRefused, Unreachable, UpstreamTimeout
+from gateway.errors import BadGateway, GatewayError, Unreachable, UpstreamTimeout
 from gateway.settings import Settings
 
 #: Seconds for one attempt to connect, TCP to authentication.
@@ -57,6 +57,15 @@ logger = logging.getLogger(__name__)
 
 class LinkLost(Unreachable):
     """The socket died under a call; the next call connects anew."""
+
+
+class ServerRefused(Exception):
+    """LM Studio answered with an error. ``code`` is ``displayData.code`` or empty."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
 
 
 class _Client(lmstudio.Client):

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gateway import loadconfig
-from gateway.errors import BadGateway, Conflict, GatewayError, NotFound, ServerRefused
+from gateway.errors import BadGateway, Conflict, GatewayError, NotFound
+from gateway.lmstudio_link import Link, ServerRefused
 from gateway.store import Active, SharedStore
-
-if TYPE_CHECKING:
-    from gateway.lmstudio_link import Link
 
 Emit = Callable[[str, dict[str, Any]], None]
 Model = dict[str, Any]
@@ -34,13 +31,9 @@ NOT_LOADED = {
 class Models:
     """Model management over one link and one store."""
 
-    def __init__(self, open_link: Callable[[], Link], store: SharedStore) -> None:
-        self._open_link = open_link
+    def __init__(self, link: Link, store: SharedStore) -> None:
+        self._link = link
         self._store = store
-
-    @cached_property
-    def _link(self) -> Link:
-        return self._open_link()
 
     # Listing ----------------------------------------------------------------------------------
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,18 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 
 def on_starting(server: Any) -> None:
-    """Make the directory of the metrics' counter files, and remove those of masters that died
-    without cleaning up."""
+    """Make the directory of the metrics' counter files, remove those of masters that died without
+    cleaning up, and import what the workers need: once, and into memory that they share."""
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{_METRICS_PREFIX}*"):
         pid = left.name.removeprefix(_METRICS_PREFIX).partition("-")[0]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
     os.environ[METRICS_VARIABLE] = tempfile.mkdtemp(prefix=f"{_METRICS_PREFIX}{os.getpid()}-")
+    # prometheus-client looks at the variable when it is imported
+    import_module("gateway.app")
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to the shared memory, and so copy it
 
 
 def post_fork(server: Any, worker: Any) -> None:
