@@ -83,6 +83,9 @@ class EventBus:
         self._ended_untold: set[str] = set()
         self._writer: gevent.Greenlet | None = None
         self._tail = Tail(store)
+        #: Why events wait for the store; empty while it takes them.
+        self.trouble = ""
+        self._stuck = 0
 
     def publish(self, event: str, data: dict[str, Any], operation: str = "") -> None:
         """Tell an event. ``operation`` names what begins or ends with it (a request's id, say)."""
@@ -121,11 +124,16 @@ class EventBus:
         if self._writer is not None:
             self._writer.kill()
             self._writer = None
-        try:
-            while self._waiting:
-                self._store.append(self._take())
-        except StoreError:
-            logger.warning("%d events were lost at the end", len(self._waiting))
+        lost = self._stuck
+        while self._waiting:
+            batch = self._take()
+            try:
+                self._store.append(batch)
+            except StoreError:
+                lost += len(batch.events) + len(self._waiting)
+                break
+        if lost:
+            logger.warning("%d events were lost at the end", lost)
 
     def _write_for_ever(self) -> None:
         next_look = 0.0
@@ -141,15 +149,15 @@ class EventBus:
 
     def _write(self, batch: Batch) -> None:
         """Write a batch, as often as it takes."""
-        complained = False
         while True:
             try:
                 self._store.append(batch)
+                self.trouble, self._stuck = "", 0
                 return
             except StoreError as error:
-                if not complained:
-                    complained = True
+                if not self.trouble:
                     logger.warning("events wait: %s", error.message)
+                self.trouble, self._stuck = error.message, len(batch.events)
                 gevent.sleep(RETRY_SECONDS)
 
     def _take(self) -> Batch:

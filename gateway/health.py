@@ -66,6 +66,8 @@ def _state(parts: Any) -> dict[str, Any]:
             parts.store.ping()
     except GatewayError as error:
         return {"connected": False, "error": error.message}
+    if parts.events.trouble:  # it can be read, but not written
+        return {"connected": False, "error": parts.events.trouble}
     return {"connected": True}
 
 

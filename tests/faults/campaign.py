@@ -30,6 +30,7 @@ FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "frozen": lambda folder, _: outside.frozen(folder),
     "redis": outside.redis_killed,
     "full": lambda folder, simulator: process.state(folder, simulator, "full"),
+    "readonly": lambda folder, simulator: process.state(folder, simulator, "readonly"),
     "locked": lambda folder, simulator: process.state(folder, simulator, "locked"),
     "descriptors": process.descriptors_exhausted,
     "crowd": process.upstream_descriptors_exhausted,

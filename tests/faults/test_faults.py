@@ -31,6 +31,7 @@ FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "lmstudio-frozen": lambda folder, _: outside.frozen(folder),
     "redis-killed": outside.redis_killed,
     "disk-full": lambda folder, simulator: process.state(folder, simulator, "full"),
+    "disk-readonly": lambda folder, simulator: process.state(folder, simulator, "readonly"),
     "state-locked": lambda folder, simulator: process.state(folder, simulator, "locked"),
     "descriptors-exhausted": process.descriptors_exhausted,
     "too-few-descriptors": process.upstream_descriptors_exhausted,
