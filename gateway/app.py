@@ -47,7 +47,7 @@ class Gateway:
     log: AccessLog
     proxy: proxy.Proxy
     front: front.Front
-    #: When this worker started (time.time()).
+    #: When this worker started (time.monotonic()).
     started: float
 
     def start(self) -> None:
@@ -115,7 +115,7 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
         log=log,
         proxy=relay,
         front=ways,
-        started=time.time(),
+        started=time.monotonic(),
     )
 
 

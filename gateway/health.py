@@ -33,7 +33,7 @@ def health() -> Response:
         {
             "status": "ok" if well else "degraded",
             "timestamp": timestamp(time.time()),
-            "uptime": round(time.time() - parts.started, 3),
+            "uptime": round(time.monotonic() - parts.started, 3),
             "version": __version__,
             "lmstudio": lmstudio,
             "state": state.value,
