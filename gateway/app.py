@@ -47,7 +47,7 @@ class Gateway:
     log: AccessLog
     proxy: proxy.Proxy
     front: front.Front
-    #: When this worker started (time.time()).
+    #: When this worker started (time.monotonic()).
     started: float
 
     def start(self) -> None:
@@ -79,6 +79,7 @@ def create_app(configured: settings.Settings | None = None) -> Flask:
     """Build the WSGI application; settings are read from the environment unless given."""
     configured = configured or settings.load()
     app = Flask("gateway", static_folder=None)
+    app.response_class = _Response
     app.url_map.merge_slashes = False  # a path is what it is; no redirects
     app.url_map.strict_slashes = False
     app.extensions["gateway"] = _build(configured, app.instance_path)
@@ -114,7 +115,7 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
         log=log,
         proxy=relay,
         front=ways,
-        started=time.time(),
+        started=time.monotonic(),
     )
 
 
@@ -123,8 +124,14 @@ def _parts() -> Gateway:
     return parts
 
 
+class _Response(Response):
+    """Flask's, which would call HTML what has no type, even an empty answer."""
+
+    default_mimetype = None
+
+
 def _enter() -> Response | None:
-    return Response(status=204) if _parts().front.enter(request.environ) else None
+    return _Response(status=204) if _parts().front.enter(request.environ) else None
 
 
 def _leave(response: Response) -> Response:

@@ -145,10 +145,10 @@ def _current(running: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _running(entry: dict[str, Any]) -> dict[str, Any]:
     """What /debug/status shows of something that runs."""
-    started = entry["startedAt"]
-    shown = {name: value for name, value in entry.items() if name not in ("timestamp", "startedAt")}
-    elapsed = max(0, round((time.time() - started) * 1000))
-    return {**shown, "startedAt": events.timestamp(started), "elapsedMs": elapsed}
+    hidden = ("timestamp", *events.CLOCKS)
+    shown = {name: value for name, value in entry.items() if name not in hidden}
+    started = events.timestamp(entry["startedAt"])
+    return {**shown, "startedAt": started, "elapsedMs": events.elapsed_ms(entry)}
 
 
 def _active(parts: Any) -> dict[str, Any] | None:
@@ -233,7 +233,7 @@ def _performance(parts: Any, recent: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _system(parts: Any) -> dict[str, Any]:
-    uptime = time.time() - parts.started
+    uptime = time.monotonic() - parts.started
     return {
         "uptime": round(uptime, 3),
         "uptimeFormatted": _duration(uptime),

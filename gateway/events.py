@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gevent
 from gevent.event import Event
@@ -60,7 +62,21 @@ _ENDS = {"inference_complete", "model_load_complete", "error"}
 
 logger = logging.getLogger(__name__)
 
-Published = tuple[str, dict[str, Any], float, str]
+Published = tuple[str, dict[str, Any], "Moment", str]
+
+#: By what it is told how long something is in flight; see :func:`elapsed_ms`.
+CLOCKS = ("startedAt", "steady", "machine")
+
+
+class Moment(NamedTuple):
+    """Now, by the wall clock (s since 1970), which may jump, and by the machine's steady one."""
+
+    wall: float
+    steady: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.time(), time.monotonic())
 
 
 class TooManySubscribers(GatewayError):
@@ -83,6 +99,9 @@ class EventBus:
         self._ended_untold: set[str] = set()
         self._writer: gevent.Greenlet | None = None
         self._tail = Tail(store)
+        #: Why events wait for the store; empty while it takes them.
+        self.trouble = ""
+        self._stuck = 0
 
     def publish(self, event: str, data: dict[str, Any], operation: str = "") -> None:
         """Tell an event. ``operation`` names what begins or ends with it (a request's id, say)."""
@@ -93,7 +112,7 @@ class EventBus:
                 self._ended_untold.add(ended)
             self._dropped += 1
             self._on_drop(1)
-        waiting.append((event, data, time.time(), operation))
+        waiting.append((event, data, Moment.now(), operation))
         if not self._arrived.is_set():
             self._arrived.set()
 
@@ -121,11 +140,16 @@ class EventBus:
         if self._writer is not None:
             self._writer.kill()
             self._writer = None
-        try:
-            while self._waiting:
-                self._store.append(self._take())
-        except StoreError:
-            logger.warning("%d events were lost at the end", len(self._waiting))
+        lost = self._stuck
+        while self._waiting:
+            batch = self._take()
+            try:
+                self._store.append(batch)
+            except StoreError:
+                lost += len(batch.events) + len(self._waiting)
+                break
+        if lost:
+            logger.warning("%d events were lost at the end", lost)
 
     def _write_for_ever(self) -> None:
         next_look = 0.0
@@ -141,15 +165,15 @@ class EventBus:
 
     def _write(self, batch: Batch) -> None:
         """Write a batch, as often as it takes."""
-        complained = False
         while True:
             try:
                 self._store.append(batch)
+                self.trouble, self._stuck = "", 0
                 return
             except StoreError as error:
-                if not complained:
-                    complained = True
+                if not self.trouble:
                     logger.warning("events wait: %s", error.message)
+                self.trouble, self._stuck = error.message, len(batch.events)
                 gevent.sleep(RETRY_SECONDS)
 
     def _take(self) -> Batch:
@@ -157,7 +181,7 @@ class EventBus:
         batches = []
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
-            batches.append(_batch("gap", {"missed": dropped}, time.time(), ""))
+            batches.append(_batch("gap", {"missed": dropped}, Moment.now(), ""))
             batches.append(Batch(ended=self._ended_untold))
             self._ended_untold = set()
         for _ in range(min(len(self._waiting), MAX_BATCH)):
@@ -170,7 +194,7 @@ class EventBus:
         except StoreError:
             return
         for operation in lost:
-            took = {"totalTimeMs": round((time.time() - operation["startedAt"]) * 1000)}
+            took = {"totalTimeMs": elapsed_ms(operation)}
             told = {"operation": operation["operation"], "error": "The worker process died."}
             request_id = operation.get("requestId")
             if request_id is None:
@@ -367,11 +391,33 @@ def timestamp(moment: float) -> str:
     return text.replace("+00:00", "Z")
 
 
-def _batch(event: str, data: dict[str, Any], moment: float, operation: str) -> Batch:
-    batch = Batch(events=[(event, dumps({"timestamp": timestamp(moment), **data}))])
+def elapsed_ms(running: dict[str, Any]) -> int:
+    """How long an operation in flight has run: by the steady clock if it runs on this machine, of
+    which every worker has the same, else by the wall clocks."""
+    if running.get("machine") == _MACHINE:
+        seconds = time.monotonic() - float(running["steady"])
+    else:
+        seconds = time.time() - float(running["startedAt"])
+    return max(0, round(seconds * 1000))
+
+
+def _machine() -> str:
+    """What names this machine since its last start."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+_MACHINE = _machine()
+
+
+def _batch(event: str, data: dict[str, Any], moment: Moment, operation: str) -> Batch:
+    batch = Batch(events=[(event, dumps({"timestamp": timestamp(moment.wall), **data}))])
     if operation and event in _BEGINS:
         kind = "inference" if event == "inference_start" else "model_load"
-        running = {"operation": kind, "startedAt": moment, **data}
+        clocks = dict(zip(CLOCKS, (*moment, _MACHINE), strict=True))
+        running = {"operation": kind, **clocks, **data}
         batch.begun[operation] = dumps(running)
     elif operation and event in _ENDS:
         batch.ended.add(operation)

@@ -33,7 +33,7 @@ def health() -> Response:
         {
             "status": "ok" if well else "degraded",
             "timestamp": timestamp(time.time()),
-            "uptime": round(time.time() - parts.started, 3),
+            "uptime": round(time.monotonic() - parts.started, 3),
             "version": __version__,
             "lmstudio": lmstudio,
             "state": state.value,
@@ -66,6 +66,8 @@ def _state(parts: Any) -> dict[str, Any]:
             parts.store.ping()
     except GatewayError as error:
         return {"connected": False, "error": error.message}
+    if parts.events.trouble:  # it can be read, but not written
+        return {"connected": False, "error": parts.events.trouble}
     return {"connected": True}
 
 

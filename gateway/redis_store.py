@@ -8,6 +8,7 @@ announcing worker waits until each worker that heard it has said so: from its an
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -28,6 +29,7 @@ SEQUENCE = PREFIX + "sequence"
 EVENTS = PREFIX + "events"
 IN_FLIGHT = PREFIX + "in-flight"
 LATEST = PREFIX + "latest:"
+WORKERS = PREFIX + "workers"
 COUNTERS = PREFIX + "counters"
 CHANGES = PREFIX + "changes"
 
@@ -53,13 +55,21 @@ for i = 2, #ARGV, 2 do
 end
 return 1
 """
-#: Removes and returns what belongs to workers without a sign of life.
+#: Removes dead workers and returns what they had in flight. KEYS: in flight, workers. ARGV: each
+#: dead worker and its last sign of life, which must still be the last.
 _TAKE_LOST = """
-local lost = {}
+local dead, lost = {}, {}
+for i = 1, #ARGV, 2 do
+  if redis.call('HGET', KEYS[2], ARGV[i]) == ARGV[i + 1] then
+    redis.call('HDEL', KEYS[2], ARGV[i])
+    dead[ARGV[i]] = true
+  end
+end
+if next(dead) == nil then return lost end
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local worker = string.match(all[i + 1], '^[^ ]+')
-  if redis.call('EXISTS', ARGV[1] .. worker) == 0 then
+  if dead[worker] then
     redis.call('HDEL', KEYS[1], all[i])
     table.insert(lost, string.sub(all[i + 1], #worker + 2))
   end
@@ -82,9 +92,10 @@ class RedisStore:
         self._worker = f"{self.machine}-{os.getpid()}-{secrets.token_hex(4)}"
         # one for all workers of a gateway: they are children of one master
         self._counters = f"{COUNTERS}:{socket.gethostname()}:{os.getppid()}"
-        #: From when on (time.monotonic()) a worker without a sign of life counts as dead.
-        self._judges_from = 0.0
-        self._last_sign = time.monotonic()
+        #: Of each worker the newest sign of life and when it was new (time.monotonic()): whoever
+        #: shows the same for too long is dead. Redis' own expiry would go by its wall clock.
+        self._signs: dict[bytes, tuple[bytes, float]] = {}
+        self._looked = -math.inf
         # publish knows no database numbers
         database = self._redis.connection_pool.connection_kwargs.get("db") or 0
         self._changes = f"{CHANGES}:{database}"
@@ -129,6 +140,8 @@ class RedisStore:
                     pipe.lpush(LATEST + kind, data)
                     pipe.ltrim(LATEST + kind, 0, KEPT_LATEST - 1)
             prefix = f"{self._worker} ".encode()
+            if batch.begun:
+                pipe.hset(WORKERS, self._worker, time.monotonic())
             for key, data in batch.begun.items():
                 pipe.hset(IN_FLIGHT, key, prefix + data)
             if batch.ended:
@@ -165,16 +178,17 @@ class RedisStore:
     def in_flight(self) -> list[dict[str, Any]]:
         running = self._try(lambda: self._redis.hgetall(IN_FLIGHT))
         entries = [value.split(b" ", 1) for value in running.values()]
-        alive = {worker for worker in {entry[0] for entry in entries} if self._is_alive(worker)}
-        found = [json.loads(data) for worker, data in entries if worker in alive]
+        dead = self._dead()
+        found = [json.loads(data) for worker, data in entries if worker not in dead]
         return sorted(found, key=lambda entry: float(entry["startedAt"]))
 
     def take_lost(self) -> list[dict[str, Any]]:
-        now = time.monotonic()
-        if now < self._judges_from or now - self._last_sign > 2 * SIGN_SECONDS:
+        dead = self._dead()
+        if not dead:
             self.ping()
             return []
-        lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT], args=[PREFIX + "worker:"]))
+        signs = [text for pair in dead.items() for text in pair]
+        lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT, WORKERS], args=signs))
         return [json.loads(data) for data in lost]
 
     def share_counters(self, counters: dict[str, float]) -> None:
@@ -197,7 +211,6 @@ class RedisStore:
         gevent.killall(self._tasks)
         with suppress(redis.RedisError):
             self._redis.delete(self._counters)
-            self._redis.delete(f"{PREFIX}worker:{self._worker}")
         self._redis.close()
 
     def _await_all(self, acknowledgements: str, heard: int) -> None:
@@ -240,17 +253,32 @@ class RedisStore:
     def _show_life(self) -> None:
         while True:
             with suppress(redis.RedisError):
-                self._redis.set(f"{PREFIX}worker:{self._worker}", 1, ex=ALIVE_SECONDS)
-                now = time.monotonic()
-                if now - self._last_sign > 2 * SIGN_SECONDS:
-                    # Redis was away: nobody could show life, so nobody is to be judged yet
-                    self._judges_from = now + ALIVE_SECONDS
-                self._last_sign = now
+                pipe = self._redis.pipeline()
+                pipe.hset(WORKERS, self._worker, time.monotonic())
+                pipe.hgetall(WORKERS)
+                self._look(pipe.execute()[1])
             gevent.sleep(SIGN_SECONDS)
 
-    def _is_alive(self, worker: bytes) -> bool:
-        key = PREFIX.encode() + b"worker:" + worker
-        return bool(self._try(lambda: self._redis.exists(key)))
+    def _look(self, signs: dict[bytes, bytes]) -> None:
+        """Note when each worker's sign of life changed."""
+        now = time.monotonic()
+        # after a while in which Redis or this process was away, all get time to show life anew
+        known = {} if self._is_blind() else self._signs
+        self._looked = now
+        self._signs = {
+            worker: known[worker] if known.get(worker, (b"",))[0] == sign else (sign, now)
+            for worker, sign in signs.items()
+        }
+
+    def _is_blind(self) -> bool:
+        return time.monotonic() - self._looked > 2 * SIGN_SECONDS
+
+    def _dead(self) -> dict[bytes, bytes]:
+        """The workers without a new sign of life for too long, and their last ones."""
+        if self._is_blind():
+            return {}
+        latest = time.monotonic() - ALIVE_SECONDS
+        return {worker: sign for worker, (sign, new) in self._signs.items() if new < latest}
 
     def _try(self, work: Callable[[], _T]) -> _T:
         try:

@@ -7,6 +7,7 @@ request and reads memory only.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -15,6 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,9 @@ from gateway.errors import GatewayError
 #: The log keeps this many events, and none older than a day.
 MAX_EVENTS = 10_000
 MAX_AGE_SECONDS = 86_400
+#: What ages are measured by: seconds since the machine started, which no change of its clock moves.
+#: An event from before the last start has a greater number or is at least as old as it seems.
+_LOG_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _T = TypeVar("_T")
 
@@ -134,9 +139,9 @@ class SharedStore(Protocol):
 
 
 class SqliteStore:
-    """One machine, any number of workers: a SQLite file in WAL mode and a small mapped file.
+    """One machine, any number of workers: a SQLite file in WAL mode and a small shared file.
 
-    The mapped file holds a random token that changes after each change of the active model, and the
+    The shared file holds a random token that changes after each change of the active model, and the
     id of the newest event: a glance at it tells whether there is something to read.
     """
 
@@ -145,7 +150,7 @@ class SqliteStore:
     _TOKEN = slice(0, 16)
     _NEWEST = struct.Struct("<q")
     _NEWEST_AT = 16
-    _MAP_BYTES = 24
+    _SHARED_BYTES = 24
 
     def __init__(self, path: Path) -> None:
         self._pid = os.getpid()
@@ -153,16 +158,16 @@ class SqliteStore:
         self._lock = threading.Lock()
         self._database = open_sqlite(path)
         self._database.executescript(_SCHEMA)
-        # The event log has a connection and a real thread of its own: a slow disk delays neither
-        # requests nor other greenlets.
+        # Writing has a connection and a real thread of its own: a slow disk or another's lock
+        # delays neither inference nor other greenlets.
         self._log = open_sqlite(path)
         self._thread = ThreadPool(1)
-        self._map = _map_file(path.with_name(path.name + "-shared"), self._MAP_BYTES)
+        self._shared = _SharedFile(path.with_name(path.name + "-shared"), self._SHARED_BYTES)
         self._seen: bytes | None = None
         self._active: Active | None = None
 
     def active(self) -> Active | None:
-        token = self._map[self._TOKEN]
+        token = self._shared.view[self._TOKEN]
         if token != self._seen:
             try:
                 self._active = self._read_active()
@@ -173,17 +178,7 @@ class SqliteStore:
         return self._active
 
     def set_active(self, active: Active | None) -> None:
-        value = active.to_json() if active else "null"
-        try:
-            with self._lock:
-                self._database.execute(
-                    "INSERT INTO state VALUES ('active', ?)"
-                    " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                    (value,),
-                )
-                self._map[self._TOKEN] = os.urandom(16)
-        except sqlite3.Error as error:
-            raise StoreError(f"The active model can't be saved: {error}.") from None
+        self._in_thread(self._set_active, active.to_json() if active else "null")
 
     def append(self, batch: Batch) -> None:
         self._in_thread(self._append, batch)
@@ -235,17 +230,26 @@ class SqliteStore:
         self._thread.kill()
         self._database.close()
         self._log.close()
-        self._map.close()
+        self._shared.close()
 
     def _read_active(self) -> Active | None:
         with self._lock:
             row = self._database.execute("SELECT value FROM state WHERE name = 'active'").fetchone()
         return Active.from_json(row[0]) if row else None
 
+    def _set_active(self, value: str) -> None:
+        """In the log's thread."""
+        self._log.execute(
+            "INSERT INTO state VALUES ('active', ?)"
+            " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            (value,),
+        )
+        self._shared.write(0, os.urandom(16))
+
     def _append(self, batch: Batch) -> None:
         """In the log's thread: one transaction."""
         log = self._log
-        now = time.time()
+        now = time.clock_gettime(_LOG_CLOCK)
         with log:
             log.execute("BEGIN IMMEDIATE")
             log.executemany(
@@ -264,21 +268,22 @@ class SqliteStore:
                     "DELETE FROM events WHERE id <= ? OR at < ?",
                     (newest - MAX_EVENTS, now - MAX_AGE_SECONDS),
                 )
-        self._map[self._NEWEST_AT : self._MAP_BYTES] = self._NEWEST.pack(newest)
+        with suppress(OSError):  # the events are written: readers find them without the hint too
+            self._shared.write(self._NEWEST_AT, self._NEWEST.pack(newest))
 
     def _newest(self) -> int:
-        newest: int = self._NEWEST.unpack(self._map[self._NEWEST_AT : self._MAP_BYTES])[0]
+        newest: int = self._NEWEST.unpack_from(self._shared.view, self._NEWEST_AT)[0]
         return newest
 
     def _select(self, query: str, *values: Any) -> list[Any]:
         return self._in_thread(lambda: self._log.execute(query, values).fetchall())
 
     def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        def guarded() -> tuple[Any, sqlite3.Error | None]:
+        def guarded() -> tuple[Any, Exception | None]:
             # an error that leaves the thread would also be printed with its traceback
             try:
                 return work(*arguments), None
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OSError) as error:
                 return None, error
 
         result, error = self._thread.apply(guarded)
@@ -342,14 +347,33 @@ def open_sqlite(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _map_file(path: Path, size: int) -> mmap.mmap:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if os.fstat(handle).st_size < size:
-            os.ftruncate(handle, size)
-        return mmap.mmap(handle, size)
-    finally:
-        os.close(handle)
+class _SharedFile:
+    """A few bytes that all workers see. ``view`` is mapped memory; writing is a call, as a mapped
+    page that the disk does not take would be the process's death and not an OSError."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        try:
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS or not path.exists():
+                raise
+            # the disk became read-only while the gateway runs: a new worker reads at least
+            self._handle = os.open(path, os.O_RDONLY)
+        try:
+            if os.fstat(self._handle).st_size < size:
+                os.pwrite(self._handle, b"\0", size - 1)
+            self.view = mmap.mmap(self._handle, size, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def write(self, at: int, data: bytes) -> None:
+        """Raises OSError."""
+        os.pwrite(self._handle, data, at)
+
+    def close(self) -> None:
+        self.view.close()
+        os.close(self._handle)
 
 
 def _birth(pid: int) -> int:

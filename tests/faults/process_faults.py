@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tests.faults.stage import (
     Row,
     Stream,
     ask,
+    fragile_disk,
     healed,
     locked,
     serves,
@@ -154,36 +155,67 @@ def upstream_descriptors_exhausted(folder: Path, simulator: Simulator, clients: 
     return Row("too few descriptors for a crowd", lost, again, problems)
 
 
+#: More than what is free in SQLite's files while the disk is full.
+_LARGE = {"stopStrings": [f"{number:0500}" for number in range(60)]}
+#: Without a model: the active one answers.
+_UNNAMED = {"messages": [{"role": "user", "content": "count to 2"}]}
+_SICK_STATES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "full": ("the state's disk is full", small_disk),
+    "readonly": ("the state's disk becomes read-only", fragile_disk),
+    "locked": ("the state is locked by another", lambda folder: locked(folder / "state.db")),
+}
+
+
 def state(folder: Path, simulator: Simulator, how: str) -> Row:
-    """The state's disk is ``full``, or its database is ``locked`` by somebody else."""
-    database = folder / "state" / "state.db"
-    activate: dict[str, Any] = {"path": ACTIVATE, "body": {"modelKey": MODEL}}
-    with small_disk(folder / "state") if how == "full" else locked(database) as change:
-        database.parent.mkdir(exist_ok=True, parents=True)
-        url = f"sqlite:///{database}"
+    """The state can't be written (see _SICK_STATES), and a worker dies meanwhile."""
+    what, stage = _SICK_STATES[how]
+    health = {"method": "GET", "path": "/health"}
+
+    def activate(**defaults: Any) -> tuple[int, Any]:
+        body = {"modelKey": MODEL, "defaultInference": defaults}
+        return ask(gateway.port, path=ACTIVATE, body=body)
+
+    with stage(folder / "state") as change:
+        (folder / "state").mkdir(exist_ok=True, parents=True)
+        url = f"sqlite:///{folder}/state/state.db"
         gateway = Gateway(folder / "gateway", simulator.url, STATE_URL=url)
-        workers, problems = gateway.workers(), []
+        (victim, other), problems = gateway.workers(), []
         try:
-            if ask(gateway.port, **activate)[0] != 200:
+            if activate()[0] != 200:
                 problems.append("no activation while all is well")
             change(how)
             if not serves(gateway.port):
                 problems.append("inference was not served")
-            seen = Counter(ask(gateway.port, **activate)[0] for _ in range(3))
-            if not set(seen) <= {200, 503}:
-                problems.append(f"activations were answered {seen}")
-            if ask(gateway.port, method="GET", path="/health")[0] != 200:
-                problems.append("no health")
-            change("well")
-            again = healed(lambda: all(ask(gateway.port, **activate)[0] == 200 for _ in range(8)))
-            if gateway.workers() != workers:
+            with ThreadPoolExecutor(3) as pool:
+                got = list(pool.map(lambda _: activate(**_LARGE), range(3)))
+            problems += [f"an activation was answered {one}" for one in got if not _refused(one)]
+            eventually(lambda: ask(gateway.port, **health)[1]["status"] == "degraded", 30)
+            os.kill(victim, signal.SIGKILL)
+            eventually(lambda: _whole(gateway, victim) and serves(gateway.port), 60)
+            unnamed = {ask(gateway.port, body=_UNNAMED)[0] for _ in range(20)}
+            if unnamed != {200}:
+                problems.append(f"with the active model inference was answered {unnamed}")
+            if other not in gateway.workers():
                 problems.append("a worker was restarted")
+            if how == "readonly":  # such a disk must be let go before it can be repaired
+                gateway.stop()
+            change("well")
+            if how == "readonly":
+                gateway.start()
+            again = healed(lambda: all(activate(**_LARGE)[0] == 200 for _ in range(8)))
+            eventually(lambda: ask(gateway.port, **health)[1]["status"] == "ok", 30)
             problems += tracebacks(gateway)
         finally:
             gateway.stop()
-    lost = f"no inference; {seen[503]} of {seen.total()} activations (503)"
-    what = {"full": "the state's disk is full", "locked": "the state is locked by another"}[how]
-    return Row(what, lost, again, problems)
+    refused = sum(map(_refused, got))
+    lost = f"no inference; {refused} of {len(got)} activations (503)"
+    return Row(what, lost, "by a restart" if how == "readonly" else again, problems)
+
+
+def _refused(answer: tuple[int, Any]) -> bool:
+    """Whether a request was refused in words as the state can't be used."""
+    status, told = answer
+    return status == 503 and "shared state" in told["error"]
 
 
 def _on_both(gateway: Gateway, count: int) -> list[Stream]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -221,6 +223,36 @@ def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
             _fill(ballast)
         else:
             ballast.unlink()
+
+    try:
+        yield change
+    finally:
+        subprocess.run(("umount", "-l", str(folder)), check=True)
+
+
+@contextmanager
+def fragile_disk(folder: Path) -> Iterator[Callable[[str], None]]:
+    """A disk of ext4 at ``folder``; what is yielded makes it ``readonly``, as the kernel does with
+    one that fails, and ``well`` again once nobody uses it. Only root can have one: for anybody
+    else, or where there is no loop device, the test is skipped."""
+    folder.mkdir(parents=True)
+    image = folder.with_suffix(".ext4")
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    made = [("mkfs.ext4", "-q", str(image)), ("mount", "-o", "loop", str(image), str(folder))]
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    for command in made:
+        if not shutil.which(command[0], path=path):
+            pytest.skip(f"{command[0]} is not installed")
+        if subprocess.run(command, capture_output=True, env={"PATH": path}).returncode != 0:
+            pytest.skip("only root can mount a disk, and only where there are loop devices")
+
+    def change(what: str) -> None:
+        if what == "readonly":
+            subprocess.run(("mount", "-o", "remount,abort", str(folder)), check=True)
+        else:
+            subprocess.run(("umount", str(folder)), check=True)
+            subprocess.run(made[1], check=True)
 
     try:
         yield change

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import clock_faults as clock
 from tests.faults import outside_faults as outside
 from tests.faults import process_faults as process
 from tests.faults.stage import Row
@@ -31,7 +32,10 @@ FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "lmstudio-frozen": lambda folder, _: outside.frozen(folder),
     "redis-killed": outside.redis_killed,
     "disk-full": lambda folder, simulator: process.state(folder, simulator, "full"),
+    "disk-readonly": lambda folder, simulator: process.state(folder, simulator, "readonly"),
     "state-locked": lambda folder, simulator: process.state(folder, simulator, "locked"),
+    "clock-jumps": clock.jumps,
+    "clock-jumps-with-redis": clock.jumps_with_redis,
     "descriptors-exhausted": process.descriptors_exhausted,
     "too-few-descriptors": process.upstream_descriptors_exhausted,
 }

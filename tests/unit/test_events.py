@@ -156,6 +156,37 @@ def test_what_is_told_at_the_end_is_stored(store: Store) -> None:
     assert [data["n"] for data in told(store, "error")] == [1]
 
 
+def test_why_events_wait_and_how_many_are_lost_at_the_end_is_told(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = EventBus(store)  # type: ignore[arg-type]
+    bus.start()
+    store.away = True
+    bus.publish("error", {"n": 1})
+    until(lambda: bus.trouble)
+    store.away = False
+    until(lambda: told(store, "error"))
+    assert bus.trouble == ""
+    store.away = True
+    bus.publish("error", {"n": 2})
+    until(lambda: bus.trouble)
+    for number in range(3, 6):
+        bus.publish("error", {"n": number})
+    bus.stop()
+    assert caplog.messages[-1] == "4 events were lost at the end"
+
+
+def test_what_runs_ages_by_the_steady_clock_where_it_began(bus: EventBus, store: Store) -> None:
+    bus.publish("inference_start", {"requestId": "r"}, "r")
+    until(lambda: "r" in store.running)
+    running = json.loads(store.running["r"])
+    moved = {**running, "startedAt": running["startedAt"] + 3600}
+    assert 0 <= events.elapsed_ms(moved) < 60_000
+    hour_ago = {**running, "machine": "another", "startedAt": running["startedAt"] - 3600}
+    assert 3_600_000 <= events.elapsed_ms(hour_ago) < 3_660_000
+    assert events.elapsed_ms({**moved, "machine": "another"}) == 0
+
+
 class Reader:
     """A greenlet that takes what a stream gives."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import gevent
 import pytest
 
 from gateway.store import Active, SqliteStore, StoreError, open_store
@@ -104,6 +105,17 @@ def test_a_failed_write_is_an_error_and_changes_nothing(
         pair[0].set_active(None)
     assert (caught.value.status, caught.value.code) == (503, "state_unavailable")
     assert pair[0].active() == ACTIVE
+
+
+def test_a_write_that_waits_for_a_lock_keeps_no_other_greenlet_waiting(
+    pair: tuple[SqliteStore, SqliteStore], path: Path
+) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        releasing = gevent.spawn_later(0.2, other.rollback)
+        pair[0].set_active(ACTIVE)
+        assert releasing.ready()
+    assert pair[1].active() == ACTIVE
 
 
 def test_a_failed_read_gives_the_last_known_value_until_the_disk_is_well_again(

@@ -5,11 +5,13 @@ A file of ``cases/`` begins with a header block, a line ``name: value`` each::
     why: one sentence
     gateway: keyed (default), open, adminonly, walled or proxied: see test_corpus.py
     status: the answers in their order: ``400``, ``200 401``; alternatives are ``400|closed``.
-            ``closed`` is a connection that ends without an answer, ``waits`` one where none comes
-    behind-nginx: ``same`` (default), ``skip`` and a reason, or a status line like the one above
+            ``closed`` is a connection that ends without an answer, ``waits`` one where none comes,
+            ``headless`` an answer as in HTTP/0.9, which is nothing but a body
+    behind-nginx: ``same`` (default) or a status line like the one above
     upstream: how many requests may reach LM Studio: a number or ``any``
     contains: a text that the last answer must contain (several lines: all of them)
     lacks: a text that no answer and nothing sent to LM Studio may contain
+    lacks-directly: the same, but nginx passes it on
     end: ``keep`` (default) or ``close``: what the client does after its last byte
 
 After a line ``---`` come the bytes. Line breaks of the file mean nothing; ``\\r``, ``\\n``,
@@ -24,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cases"
-#: What a test may do with a case: nothing.
-SKIP = "skip"
 _ESCAPE = re.compile(rb"\\(r|n|t|\\|x[0-9a-f]{2})")
 _REPEAT = re.compile(rb"\{\{(\d+)\*(.*?)\}\}", re.DOTALL)
 _PLAIN = {b"r": b"\r", b"n": b"\n", b"t": b"\t", b"\\": b"\\"}
-_FIELDS = {"why", "gateway", "status", "behind-nginx", "upstream", "contains", "lacks", "end"}
+_FIELDS = {"why", "gateway", "status", "behind-nginx", "upstream", "contains", "lacks",
+           "lacks-directly", "end"}  # fmt: skip
 
 #: One place in the order of answers: the statuses that are right there.
 Expected = tuple[frozenset[str], ...]
@@ -42,10 +43,11 @@ class Case:
     name: str
     gateway: str
     status: Expected
-    nginx: Expected | str
+    nginx: Expected
     upstream: int | None
     contains: tuple[str, ...]
     lacks: tuple[str, ...]
+    lacks_directly: tuple[str, ...]
     closes: bool
     data: bytes
 
@@ -72,22 +74,14 @@ def _read(path: Path) -> Case:
         name=path.stem,
         gateway=fields.get("gateway", ["keyed"])[0],
         status=status,
-        nginx=_nginx(nginx, status),
+        nginx=status if nginx == "same" else _expected(nginx),
         upstream=None if upstream == "any" else int(upstream),
         contains=tuple(fields.get("contains", ())),
         lacks=tuple(fields.get("lacks", ())),
+        lacks_directly=tuple(fields.get("lacks-directly", ())),
         closes=fields.get("end", ["keep"])[0] == "close",
         data=_bytes(written),
     )
-
-
-def _nginx(written: str, direct: Expected) -> Expected | str:
-    if written == "same":
-        return direct
-    if written.startswith(SKIP):
-        assert written != SKIP, "skip needs a reason"
-        return written
-    return _expected(written)
 
 
 def _expected(written: str) -> Expected:

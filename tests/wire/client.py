@@ -13,6 +13,8 @@ DEADLINE = 40.0
 QUIET = 0.06
 #: Seconds of silence that are taken for waiting.
 WAITING = 0.5
+#: Seconds in which a connection that ends with its answer is closed.
+ENDING = 0.1
 _STATUS_LINE = re.compile(rb"HTTP/1\.\d (\d{3})(?: [^\r\n]*)?")
 
 
@@ -90,9 +92,19 @@ class Client:
             return True
         return not self._buffer
 
-    def ends(self) -> bool:
+    def headless(self) -> Answer:
+        """All until the end, as the body of an answer without a head."""
+        body = self._rest(time.monotonic() + self.timeout)
+        assert body, "the connection ended without an answer"
+        assert not body.startswith(b"HTTP/"), body
+        return Answer("", b"", body)
+
+    def ends(self, within: float | None = None) -> bool:
         """Wait for the server to close."""
-        return not self._more(time.monotonic() + self.timeout)
+        try:
+            return not self._more(time.monotonic() + (within or self.timeout))
+        except TimeoutError:
+            return False
 
     def _body(self, answer: Answer, deadline: float) -> bytes:
         length = answer.header("Content-Length")
@@ -101,6 +113,9 @@ class Client:
             return self._chunks(deadline)
         if length is not None:
             return self._take(int(length), deadline)
+        return self._rest(deadline)
+
+    def _rest(self, deadline: float) -> bytes:
         while self._more(deadline):
             pass
         body, self._buffer = self._buffer, b""

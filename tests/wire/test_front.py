@@ -93,11 +93,5 @@ def call(app: Any, method: str, path: str, headers: dict[str, str], **more: Any)
     content = b"".join(answer)
     getattr(answer, "close", lambda: None)()
     status, fields = told[0]
-    # the type of nothing is nobody's concern
-    dull = ("content-type",) if not content else ()
-    kept = sorted(
-        (name.lower(), value)
-        for name, value in fields
-        if not value.startswith("req_") and name.lower() not in dull
-    )
+    kept = sorted((name.lower(), value) for name, value in fields if not value.startswith("req_"))
     return status[:3], kept, content

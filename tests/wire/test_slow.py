@@ -9,9 +9,11 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from tests.faults.stage import Patched
 from tests.processes import Gateway, Simulator
 from tests.wire.client import Client
 
@@ -87,3 +89,26 @@ def test_a_client_that_does_not_read_its_answer_keeps_nobody_waiting(
         for _ in range(10):
             answer = gateway.http.post(f"{gateway.url}/v1/chat/completions", CHAT, timeout=20)
             assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture(scope="module")
+def impatient(
+    shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A gateway that waits for half a second only."""
+    folder: Path = tmp_path_factory.mktemp("impatient")
+    inside = "import gateway.connection; gateway.connection.BODY_TIMEOUT = 0.5"
+    gateway = Patched(folder, shared_simulator.url, inside=inside, WEB_CONCURRENCY=1)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SLOW if "line" not in kind and kind != "head"])
+def test_a_body_that_came_too_slowly_is_told_so_and_its_connection_closes(
+    kind: str, impatient: Gateway
+) -> None:
+    with Client(impatient.port) as client:
+        client.send(SLOW[kind][0])
+        answer = client.final()
+        assert (answer.status, answer.header("Connection")) == ("408", "close")
+        assert client.ends()
