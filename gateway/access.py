@@ -31,9 +31,12 @@ UNIX = "unix"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _ADMIN_PREFIXES = ("/admin/", "/debug/", "/metrics/", "/api/")
 _ADMIN_PATHS = ("/admin", "/debug", "/metrics", "/api")
-_HEALTH_PATHS = ("/health", "/health/", "/health/ready")
 #: The page for looking, which a browser must get before it can ask for the key.
-_PAGE_PATHS = ("/debug", "/debug/")
+PAGE_PATHS = ("/debug", "/debug/")
+#: Where a key is needed only with ``REQUIRE_AUTH_FOR_HEALTH``.
+HEALTH_PATHS = ("/health", "/health/", "/health/ready")
+#: What is no inference, so that admin keys alone close it too; any key opens it.
+_ANY_KEY_PATHS = (*HEALTH_PATHS, "/openapi.json", "/openapi.json/")
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,12 @@ class Access:
 
     def _check_key(self, environ: Environ) -> str:
         path = environ["PATH_INFO"]
-        if path in _HEALTH_PATHS and not self._settings.require_auth_for_health:
+        if path in HEALTH_PATHS and not self._settings.require_auth_for_health:
             return ""
-        if path in _PAGE_PATHS and environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+        if path in PAGE_PATHS and environ["REQUEST_METHOD"] in ("GET", "HEAD"):
             return ""
-        needs_admin = self._roles and _is_admin(path)
-        if self._open and not needs_admin and not (self._roles and path in _HEALTH_PATHS):
+        needs_admin = self._roles and is_admin_path(path)
+        if self._open and not needs_admin and not (self._roles and path in _ANY_KEY_PATHS):
             key = self._find(environ) if self._digests else None
             return key.name if key else ""
         key = self._find(environ)
@@ -181,7 +184,8 @@ def _presented(environ: Environ) -> Iterable[str]:
         yield environ["HTTP_X_API_KEY"].strip()
 
 
-def _is_admin(path: str) -> bool:
+def is_admin_path(path: str) -> bool:
+    """Whether a path needs an admin key where there are such."""
     # werkzeug's routing overlooks repeated slashes at the beginning
     path = "/" + path.lstrip("/")
     return path in _ADMIN_PATHS or path.startswith(_ADMIN_PREFIXES)

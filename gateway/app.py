@@ -11,7 +11,7 @@ import gevent
 from flask import Flask, Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
-from gateway import admin, debug, front, health, metrics, proxy, settings
+from gateway import admin, debug, front, health, metrics, openapi, proxy, settings
 from gateway.access import Access
 from gateway.accounts import AccessLog, Accounts
 from gateway.errors import GatewayError
@@ -30,6 +30,7 @@ _BLUEPRINTS = (
     admin.blueprint,
     debug.blueprint,
     metrics.blueprint,
+    openapi.blueprint,
     proxy.blueprint,
 )
 

@@ -22,14 +22,16 @@ class _Number(fields.Float):
         return value  # as it came: 1 stays 1, it isn't made 1.0
 
 
-class _WholeNumber(_Number):
-    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
-        if not isinstance(value, int):
+class _WholeNumber(fields.Integer):
+    """A JSON number without a fraction, as it came."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
             raise ValidationError("Not a whole number.")
-        return super()._deserialize(value, attr, data, **kwargs)
+        return value
 
 
-class _Flag(fields.Field[bool]):
+class _Flag(fields.Boolean):
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> bool:
         if not isinstance(value, bool):
             raise ValidationError("Not true or false.")
@@ -77,61 +79,84 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"Unknown field {name!r}.{hint}"
 
 
-def _whole(low: int, high: int | None = None, **kwargs: Any) -> _WholeNumber:
-    return _WholeNumber(validate=validate.Range(min=low, max=high), **kwargs)
+def _number(low: float, high: float | None = None) -> _Number:
+    return _Number(validate=validate.Range(min=low, max=high))
 
 
-def _text(**kwargs: Any) -> fields.String:
-    return fields.String(validate=validate.Length(min=1, max=512), **kwargs)
+def _whole(low: int, high: int, about: str = "") -> _WholeNumber:
+    return _WholeNumber(validate=validate.Range(min=low, max=high), metadata=_about(about))
+
+
+def _flag(about: str = "") -> _Flag:
+    return _Flag(metadata=_about(about))
+
+
+def _ratio(about: str) -> _Ratio:
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    return _Ratio(metadata={"oneOf": [share, {"enum": ["max", "off"]}]} | _about(about))
+
+
+def _cache_type(about: str) -> _CacheType:
+    return _CacheType(metadata={"enum": [*CACHE_TYPES, False]} | _about(about))
+
+
+def _text(about: str = "", **kwargs: Any) -> fields.String:
+    length = validate.Length(min=1, max=512)
+    return fields.String(validate=length, metadata=_about(about), **kwargs)
+
+
+def _about(words: str) -> dict[str, str]:
+    """What ``/openapi.json`` tells of a field beside its type and range."""
+    return {"description": words} if words else {}
 
 
 class GpuSchema(_Strict):
-    ratio = _Ratio()
-    layers = _whole(0, 10_000)
-    mainGpu = _whole(0, 1024)
+    ratio = _ratio("The share of the model on the GPU.")
+    layers = _whole(0, 10_000, "LM Studio takes a ratio only: beside one a warning, alone only 0.")
+    mainGpu = _whole(0, 1024, "The GPU to be filled first.")
     splitStrategy = fields.String(validate=validate.OneOf(["evenly", "favorMainGpu"]))
     disabledGpus = fields.List(_whole(0, 1024))
 
 
 class LoadConfigSchema(_Strict):
-    contextLength = _whole(1, 2**31 - 1)
+    contextLength = _whole(1, 2**31 - 1, "Tokens.")
     gpu = fields.Nested(GpuSchema)
     cpuThreads = _whole(1, 4096)
-    ropeFrequencyBase = _Number(validate=validate.Range(min=0))
-    ropeFrequencyScale = _Number(validate=validate.Range(min=0))
-    evalBatchSize = _whole(1, 2**31 - 1)
-    flashAttention = _Flag()
-    keepModelInMemory = _Flag()
-    tryMmap = _Flag()
-    useFp16ForKVCache = _Flag()
-    llamaKCacheQuantizationType = _CacheType()
-    llamaVCacheQuantizationType = _CacheType()
-    offloadKVCacheToGpu = _Flag()
-    numExperts = _whole(0, 65_536)
+    ropeFrequencyBase = _number(0)
+    ropeFrequencyScale = _number(0)
+    evalBatchSize = _whole(1, 2**31 - 1, "Tokens of a prompt that are processed at once.")
+    flashAttention = _flag()
+    keepModelInMemory = _flag()
+    tryMmap = _flag()
+    useFp16ForKVCache = _flag()
+    llamaKCacheQuantizationType = _cache_type("Of the cache's keys; false: not quantized.")
+    llamaVCacheQuantizationType = _cache_type("Of the cache's values; false: not quantized.")
+    offloadKVCacheToGpu = _flag()
+    numExperts = _whole(0, 65_536, "Active experts of a mixture-of-experts model.")
     seed = _whole(-(2**31), 2**32 - 1)
-    gpuStrictVramCap = _Flag()
+    gpuStrictVramCap = _flag()
     numParallelSessions = _whole(1, 1024)
-    useUnifiedKvCache = _Flag()
-    numCpuExpertLayersRatio = _Ratio()
+    useUnifiedKvCache = _flag()
+    numCpuExpertLayersRatio = _ratio("The share of expert layers on the CPU.")
 
 
 class DefaultInferenceSchema(_Strict):
-    temperature = _Number(validate=validate.Range(min=0, max=2))
+    temperature = _number(0, 2)
     maxTokens = _whole(1, 2**31 - 1)
-    topP = _Number(validate=validate.Range(min=0, max=1))
+    topP = _number(0, 1)
     topK = _whole(0, 2**31 - 1)
-    repeatPenalty = _Number(validate=validate.Range(min=0, max=10))
+    repeatPenalty = _number(0, 10)
     stopStrings = fields.List(_text(), validate=validate.Length(max=64))
-    stream = _Flag()
+    stream = _flag()
 
 
 class LoadSchema(_Strict):
-    modelKey = _text(required=True)
-    instanceId = _text()
+    modelKey = _text("As `GET /admin/models` names it.", required=True)
+    instanceId = _text("The identifier to load it under; without one LM Studio chooses.")
     loadConfig = fields.Nested(LoadConfigSchema)
-    ttlSeconds = _whole(0, 10**9)
+    ttlSeconds = _whole(0, 10**9, "Unload after so long without use; absent or 0: never.")
     defaultInference = fields.Nested(DefaultInferenceSchema)
-    activate = _Flag()
+    activate = _flag("Whether it becomes the model that is injected; absent: true.")
 
 
 class UnloadSchema(_Strict):

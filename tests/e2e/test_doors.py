@@ -29,6 +29,7 @@ SURFACES = {
     "/admin/models": "admin",
     "/debug/status": "admin",
     "/metrics": "admin",
+    "/openapi.json": "admin",
     "/nowhere": "admin",
 }
 ADMIN_PATHS = [
