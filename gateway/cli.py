@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -49,13 +50,18 @@ def check() -> None:
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=1234, show_default=True, help="0 takes a free one.")
-@click.option("--token", default="", help="Require this API token (sk-lm-…).")
-@click.option("--pace-ms", default=20, show_default=True, help="Milliseconds between two tokens.")
-def simulate(host: str, port: int, token: str, pace_ms: int) -> None:
+@click.option("--token", help="Require this API token (sk-lm-AAAAAAAA:BBBBBBBBBBBBBBBBBBBB).")
+@click.option("--pace-ms", default=20.0, show_default=True, help="Milliseconds between two tokens.")
+@click.option("--tls-cert", help="PEM certificate; serves https and wss.")
+@click.option("--tls-key", help="PEM key of that certificate.")
+def simulate(**options: Any) -> None:
     """Run the LM Studio simulator: a stand-in for trying and testing, not a model."""
-    from gateway.simulator.__main__ import run
+    from gevent import monkey
 
-    run(host, port, token or None, pace_ms, None, None)
+    monkey.patch_all()
+    from gateway.simulator.server import serve
+
+    serve(**options)
 
 
 @main.command()

@@ -1,247 +1,340 @@
-"""LM Studio's HTTP API: which model a request means, what it is answered (lmstudio.md, 3)."""
+"""LM Studio's HTTP API: which model a request means, and what it is to say in which dialect.
+
+The dialects have the shapes that the clients ``openai`` 3.x and ``anthropic`` 2.x parse.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import struct
+import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
-from typing import Any
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
+from uuid import uuid4
 
-from gateway.simulator.catalogue import MODELS, JsonObject, Model
-from gateway.simulator.delivery import Answer, EventStream, error_answer, json_answer
-from gateway.simulator.dialects import FORMS, Job
-from gateway.simulator.exchange import Exchange
-from gateway.simulator.faults import Knobs
-from gateway.simulator.listings import (
-    loaded_of,
-    native_models_v0,
-    native_models_v1,
-    one_model,
-    openai_models,
+import gevent
+
+from gateway.simulator.models import MODELS, Instance, JsonObject, Refusal
+
+if TYPE_CHECKING:
+    from gateway.simulator.server import Handler, Simulator
+
+_JSON = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), default=lambda raw: b64encode(raw).decode()
 )
-from gateway.simulator.memory import Instance, Memory, Refusal
-from gateway.simulator.state import Simulator
-
-_EMBEDDING_SIZE = 8
-_BIG_ANSWER_BYTES = 5 << 20
-_OVERFLOW = (
-    "The number of tokens to keep from the initial prompt is greater than the context length. "
-    "Try to load the model with a larger context length, or provide a shorter input"
-)
-
-
-class _Failure(Exception):
-    """Carries an error answer out of the middle of a request."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.status)
-        self.answer = answer
+_MARK = "\0token\0"
+_OVERFLOW = "The number of tokens to keep from the prompt is greater than the context length."
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_SAMPLES: JsonObject = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+#: Endpoint below ``/v1/`` → the field that holds what the answer is to.
+_FIELDS = {
+    "chat/completions": "messages", "completions": "prompt", "responses": "input",
+    "messages": "messages", "embeddings": "input",
+}  # fmt: skip
+#: An answer as a whole, and as server-sent events: opening ones, tokens (they are paced), closing.
+Reply = tuple[JsonObject, list[bytes], Iterable[bytes], list[bytes]]
 
 
-def respond(simulator: Simulator, exchange: Exchange, knobs: Knobs) -> Answer | EventStream:
-    """Answer one request of the HTTP API."""
+class Job(NamedTuple):
+    """What is to be said: the tokens of a text, or of the arguments for a call of ``tool``."""
+
+    model: str  #: the name the client hears
+    prompt: int  #: tokens of the prompt
+    tokens: list[str]
+    cut: bool = False  #: the token limit ended the text
+    tool: str | None = None
+
+
+class Answer:
+    """JSON, a text or a reply to be streamed; header names have ``_`` for ``-``."""
+
+    def __init__(self, content: Any, status: int = 200, **headers: str) -> None:
+        self.content, self.status = content, status
+        self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
+
+
+def failure(status: int, message: str, param: str | None = None, **more: str) -> Answer:
+    """Return an error object in OpenAI's form."""
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
+    return Answer({"error": error | more}, status)
+
+
+def encoded(content: Any) -> bytes:
+    """Return JSON in UTF-8; bytes are base64, and a lone surrogate stays a JSON escape."""
+    return _JSON.encode(content).encode(errors="backslashreplace")
+
+
+def respond(handler: Handler, body: bytes) -> Answer:
+    """Answer one request."""
+    simulator, method, path = handler.simulator, handler.command, handler.path.partition("?")[0]
+    if path == "/lmstudio-greeting":
+        return Answer({"lmstudio": True})
+    if simulator.token and handler.headers.get("Authorization") != f"Bearer {simulator.token}":
+        message = "Malformed or missing API token. Provide it as: Authorization: Bearer sk-lm-…"
+        return failure(401, message, type="invalid_request", code="invalid_api_key")
+    instances = list(simulator.memory.instances.values())
+    same = {"object": "model", "owned_by": "organization_owner", "created": 0}
+    names = [*MODELS, *(one.identifier for one in instances)]
+    models = {name: {"id": name, **same} for name in names}
+    match "GET" if method == "HEAD" else method, path.removeprefix("/v1/"):
+        case "GET", "models":
+            return Answer({"object": "list", "data": list(models.values())})
+        case "GET", endpoint if endpoint.startswith("models/"):
+            name = unquote(endpoint.removeprefix("models/"))
+            unknown = failure(404, f'Model "{name}" not found', "model", code="model_not_found")
+            return Answer(models[name]) if name in models else unknown
+        case "GET", "/api/v0/models" | "/api/v1/models":
+            listed = [_native(model, instances) for model in MODELS.values()]
+            return Answer({"object": "list", "data": listed, "models": listed})
+        case "POST", endpoint if endpoint in _FIELDS:
+            return _infer(handler, endpoint, body)
+    return Answer({"error": f"Unexpected endpoint or method. ({method} {path})"})
+
+
+def _native(model: JsonObject, instances: list[Instance]) -> JsonObject:
+    """Return an entry of ``/api/v0/models`` and ``/api/v1/models``, with the names of both."""
+    key, entry = model["modelKey"], {"arch": model["architecture"]}
+    loaded = [{"id": one.identifier} for one in instances if one.modelKey == key]
+    entry |= {re.sub("([A-Z])", r"_\1", name).lower(): model[name] for name in model}
+    entry |= {"id": key, "key": key, "compatibility_type": model["format"]}
+    return entry | {"state": "loaded" if loaded else "not-loaded", "loaded_instances": loaded}
+
+
+def _infer(handler: Handler, endpoint: str, raw: bytes) -> Answer:
+    """Answer what takes a model: with vectors, a stream or a whole text."""
     try:
-        return _route(simulator, exchange, knobs)
-    except _Failure as failure:
-        return failure.answer
-
-
-def _route(simulator: Simulator, exchange: Exchange, knobs: Knobs) -> Answer | EventStream:
-    method = "GET" if exchange.method == "HEAD" else exchange.method
-    if (method, exchange.path) == ("GET", "/lmstudio-greeting"):
-        return json_answer({"lmstudio": True})
-    if simulator.token and exchange.header("authorization") != f"Bearer {simulator.token}":
-        return _unauthorized()
-    listings: dict[str, Callable[[Memory], JsonObject]] = {
-        "/v1/models": openai_models,
-        "/api/v0/models": native_models_v0,
-        "/api/v1/models": native_models_v1,
-    }
-    if method == "GET" and exchange.path in listings:
-        return json_answer(listings[exchange.path](simulator.memory))
-    if method == "GET" and exchange.path.startswith("/v1/models/"):
-        return one_model(simulator.memory, unquote(exchange.path.removeprefix("/v1/models/")))
-    endpoint = exchange.path.removeprefix("/v1/")
-    if method == "POST" and exchange.path == "/v1/embeddings":
-        return _embed(simulator.memory, _json_object(exchange.body))
-    if method == "POST" and exchange.path == f"/v1/{endpoint}" and endpoint in FORMS:
-        return _generate(simulator.memory, endpoint, _json_object(exchange.body), knobs)
-    unexpected = f"Unexpected endpoint or method. ({exchange.method} {exchange.path})"
-    return json_answer({"error": unexpected})
-
-
-def _unauthorized() -> Answer:
-    message = "Malformed or missing API token. Provide it as: Authorization: Bearer sk-lm-…"
-    error = {"type": "invalid_request", "code": "invalid_api_key", "message": message}
-    return json_answer({"error": error}, 401)
-
-
-def _json_object(body: bytes) -> JsonObject:
+        body = dict(json.loads(raw))
+    except (ValueError, TypeError, RecursionError) as problem:
+        return failure(400, f"The body must be a JSON object: {problem}")
+    if (field := _FIELDS[endpoint]) not in body:
+        return failure(400, f"'{field}' field is required", field)
+    said = body[field] if isinstance(body[field], list) else [body[field]]
+    namespace = "embedding" if endpoint == "embeddings" else "llm"
+    instance = _instance(handler.simulator, str(body.get("model") or ""), namespace)
+    if isinstance(instance, Answer):
+        return instance
+    instance.lastUsedTime = int(time.time() * 1000)
+    if endpoint == "embeddings":
+        return _embed(instance, [str(one) for one in said], body.get("encoding_format"))
     try:
-        content = json.loads(body)
-    except ValueError as error:
-        raise _Failure(error_answer(400, f"Invalid JSON: {error}")) from None
-    if not isinstance(content, dict):
-        raise _Failure(error_answer(400, "The body must be a JSON object."))
-    return content
+        job = _job(instance, body, said)
+    except (TypeError, AttributeError, LookupError, RecursionError) as problem:
+        return failure(400, f"Invalid request: {problem}")
+    if job.prompt > instance.contextLength:
+        return Answer({"error": _OVERFLOW})
+    if "big-answer" in handler.faults:
+        job = job._replace(tokens=["word " * (1 << 20)])
+    if endpoint in ("responses", "messages"):
+        reply = _responses(job) if endpoint == "responses" else _messages(job)
+    else:
+        options = body.get("stream_options")
+        with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+        reply = _openai(job, endpoint == "chat/completions", with_usage)
+    seconds = len(job.tokens) * handler.pace
+    instance.lastUsedTime += int(seconds * 1000)
+    if body.get("stream"):
+        return Answer(reply, Cache_Control="no-cache", Connection="keep-alive")
+    gevent.sleep(seconds)
+    return Answer(reply[0])
 
 
-def _instance_for(memory: Memory, body: JsonObject, namespace: str) -> Instance:
+def _instance(simulator: Simulator, name: str, namespace: str) -> Instance | Answer:
     """Find the loaded instance that a request means; a downloaded model is loaded for it."""
-    name = body.get("model")
-    if not name:
-        loaded = memory.of(namespace)
-        if len(loaded) == 1:
-            return loaded[0]
-        message = "Please load a model in the developer page or use the `lms load` command."
-        raise _Failure(error_answer(400, f"No models loaded. {message}", "model"))
-    instance = memory.instances.get(str(name))
-    model = instance.model if instance else MODELS.get(str(name))
-    if model is None:
-        message = f'Invalid model identifier "{name}". Please specify a valid downloaded model.'
-        raise _Failure(error_answer(400, message, "model", "model_not_found"))
-    if model.type != namespace:
-        message = f'Model "{name}" is of the type {model.type}, expected {namespace}.'
-        raise _Failure(error_answer(400, message, "model"))
-    if instance is None:
-        instance = next(iter(loaded_of(memory, model)), None) or _loaded_now(memory, model)
-    return instance
-
-
-def _loaded_now(memory: Memory, model: Model) -> Instance:
+    loaded = simulator.memory.of(namespace)
+    if not name and len(loaded) != 1:
+        return failure(400, "No models loaded. Load one with the `lms load` command.", "model")
+    named = [one for one in loaded if one.identifier == name or not name]
+    if fitting := named or [one for one in loaded if one.modelKey == name]:
+        return fitting[0]
+    if name not in MODELS and name not in simulator.memory.instances:
+        hint = f'Invalid model identifier "{name}". Please specify a valid downloaded model.'
+        return failure(400, hint, "model", code="model_not_found")
+    new, flaw = Instance(namespace, name, ttlMs=3_600_000), simulator.switches.fail_loads
     try:
-        return memory.load_just_in_time(model)
+        deque(simulator.memory.load(new, flaw, 0.05), 0)  # just in time
     except Refusal as refusal:
-        message = f'Failed to load model "{model.key}". Error: {refusal.cause}'
-        raise _Failure(error_answer(400, message, "model")) from None
-
-
-# -- text
-
-
-def _generate(
-    memory: Memory, endpoint: str, body: JsonObject, knobs: Knobs
-) -> Answer | EventStream:
-    turns = _turns(endpoint, body)
-    instance = _instance_for(memory, body, "llm")
-    words = sum(len(text.split()) for _, text in turns)
-    if words > instance.context_length:
-        return json_answer({"error": _OVERFLOW})
-    job = _job(instance, body, turns, words, knobs)
-    plain, stream = FORMS[endpoint]
-    if not body.get("stream"):
-        return json_answer(plain(job), tokens=len(job.tokens), instance=instance)
-    include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-    events = stream(job, include_usage)
-    events.instance = instance
-    return events
-
-
-def _job(
-    instance: Instance, body: JsonObject, turns: list[tuple[str, str]], words: int, knobs: Knobs
-) -> Job:
-    asked = next((text for role, text in reversed(turns) if role == "user"), "")
-    if tool := _tool_to_call(body, turns, asked):
-        pieces = re.findall(r"\S+\s*", json.dumps(_arguments(tool[1])))
-        return Job(instance.identifier, words, pieces, tool=tool[0])
-    if knobs.has("big-answer"):
-        return Job(instance.identifier, words, ["word " * (_BIG_ANSWER_BYTES // 5)])
-    tokens, limit = _tokens(instance, asked), _token_limit(body)
-    return Job(instance.identifier, words, tokens[:limit], cut=len(tokens) > (limit or len(tokens)))
-
-
-def _turns(endpoint: str, body: JsonObject) -> list[tuple[str, str]]:
-    """Return the conversation of any dialect as (role, text)."""
-    name = {"completions": "prompt", "responses": "input"}.get(endpoint, "messages")
-    if name not in body:
-        raise _Failure(error_answer(400, f"'{name}' field is required", name))
-    said = body[name]
-    messages = said if isinstance(said, list) else [{"role": "user", "content": said}]
-    system = body.get("instructions") or body.get("system")
-    turns = [("system", _text(system))] if system else []
-    for one in messages:
-        whole = one if isinstance(one, dict) else {"role": "user", "content": one}
-        role = str(whole.get("role") or whole.get("type"))
-        turns.append((role, _text(whole.get("content", whole.get("output")))))
-    return turns
+        cause = refusal.error.get("cause", refusal)
+        return failure(400, f'Failed to load model "{name}". Error: {cause}', "model")
+    return new
 
 
 def _text(content: Any) -> str:
     """Return the text of a content, which may be a string or a list of parts."""
-    if isinstance(content, list):
-        return " ".join(_text(part) for part in content)
-    if isinstance(content, dict):
-        return _text(content.get("text", content.get("content", "")))
+    match content:
+        case list():
+            return " ".join(map(_text, content))
+        case {"text": inner} | {"content": inner} | {"output": inner}:
+            return _text(inner)
     return content if isinstance(content, str) else ""
 
 
-def _tokens(instance: Instance, asked: str) -> list[str]:
-    """Return the answer, each token with the space behind it."""
-    if count := re.search(r"count to (\d+)", asked):
-        return [f"{number} " for number in range(1, int(count[1]) + 1)]
-    text = (
-        f"This is the LM Studio simulator speaking as {instance.model.display_name}. "
-        f"There is no model behind it. Your message has {len(asked.split())} words."
-    )
-    return re.findall(r"\S+\s*", text)
-
-
-def _token_limit(body: JsonObject) -> int | None:
-    """Return the limit under any of its names; LM Studio takes -1 as none."""
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        limit = body.get(name)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
-
-
-def _tool_to_call(
-    body: JsonObject, turns: list[tuple[str, str]], asked: str
-) -> tuple[str, JsonObject] | None:
-    """Return name and argument schema of the first tool, if it shall be called."""
-    tools, choice = body.get("tools"), body.get("tool_choice")
+def _job(instance: Instance, body: JsonObject, said: list[Any]) -> Job:
+    """Decide what to say: a call of the first tool, a count, or who is speaking."""
+    turns = [one if isinstance(one, dict) else {"role": "user", "content": one} for one in said]
+    asked = next((_text(one) for one in reversed(turns) if one.get("role") == "user"), "")
+    texts = [*map(_text, turns), _text(body.get("instructions") or body.get("system"))]
+    job = Job(instance.identifier, sum(len(text.split()) for text in texts), [])
+    tools, choice, last = body.get("tools"), body.get("tool_choice"), turns[-1] if turns else {}
     if isinstance(choice, dict):  # Anthropic's {"type": "any"}, or a function by name
         choice = "none" if choice.get("type") in ("auto", "none") else "required"
-    answered = bool(turns) and turns[-1][0] in ("tool", "function_call_output")
-    wanted = choice == "required" or ("use the tool" in asked and not answered)
-    if not tools or not wanted:
-        return None
-    tool = tools[0].get("function", tools[0])
-    return str(tool.get("name")), tool.get("parameters") or tool.get("input_schema") or {}
+    answered = last.get("role") == "tool" or last.get("type") == "function_call_output"
+    if tools and (choice == "required" or ("use the tool" in asked and not answered)):
+        tool = tools[0].get("function", tools[0])
+        schema = tool.get("parameters") or tool.get("input_schema") or {}
+        types = {name: one.get("type") for name, one in (schema.get("properties") or {}).items()}
+        arguments = json.dumps({name: _SAMPLES.get(types[name], "simulated") for name in types})
+        return job._replace(tokens=re.findall(r"\S+\s*", arguments), tool=str(tool.get("name")))
+    text = (
+        f"This is the LM Studio simulator speaking as {MODELS[instance.modelKey]['displayName']}. "
+        f"There is no model behind it. Your message has {len(asked.split())} words."
+    )
+    if number := re.search(r"count to (\d+)", asked):
+        text = "".join(f"{one} " for one in range(1, int(number[1]) + 1))
+    tokens = re.findall(r"\S+\s*", text)
+    limits = [body[name] for name in _LIMITS if isinstance(body.get(name), int) and body[name] > 0]
+    limit = min([*limits, len(tokens)])
+    return job._replace(tokens=tokens[:limit], cut=limit < len(tokens))
 
 
-def _arguments(schema: JsonObject) -> JsonObject:
-    samples = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
-    properties = schema.get("properties") or {}
-    return {name: samples.get(one.get("type"), "simulated") for name, one in properties.items()}
-
-
-# -- embeddings
-
-
-def _embed(memory: Memory, body: JsonObject) -> Answer:
-    if "input" not in body:
-        return error_answer(400, "'input' field is required", "input")
-    instance = _instance_for(memory, body, "embedding")
-    said = body["input"]
-    texts = [str(one) for one in (said if isinstance(said, list) else [said])]
+def _embed(instance: Instance, texts: list[str], encoding: Any) -> Answer:
+    """Answer with a vector for each text: the same for the same text, as numbers or in base64."""
+    data: list[JsonObject] = []
+    for text in texts:
+        vector: Any = [byte / 255 - 0.5 for byte in sha256(encoded(text)).digest()[:8]]
+        if encoding == "base64":
+            vector = struct.pack("<8f", *vector)
+        data.append({"object": "embedding", "index": len(data), "embedding": vector})
     words = sum(len(text.split()) for text in texts)
-    as_base64 = body.get("encoding_format") == "base64"
-    data = [
-        {"object": "embedding", "index": index, "embedding": _vector(text, as_base64)}
-        for index, text in enumerate(texts)
-    ]
     usage = {"prompt_tokens": words, "total_tokens": words}
-    content = {"object": "list", "data": data, "model": instance.identifier, "usage": usage}
-    return json_answer(content, instance=instance)
+    model = instance.identifier
+    return Answer({"object": "list", "data": data, "model": model, "usage": usage})
 
 
-def _vector(text: str, as_base64: bool) -> list[float] | str:
-    """Return the text's vector: the same for the same text, as floats or little-endian float32."""
-    digest = sha256(text.encode()).digest()[:_EMBEDDING_SIZE]
-    vector = [byte / 255 - 0.5 for byte in digest]
-    return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if as_base64 else vector
+def _event(kind: str = "", **content: Any) -> bytes:
+    """Return an event; its kind, if any, is its name and the type of its data."""
+    if kind:
+        return f"event: {kind}\n".encode() + _event(type=kind, **content)
+    return b"data: %b\n\n" % encoded(content)
+
+
+def _per_token(event: bytes, tokens: list[str]) -> Iterator[bytes]:
+    """Put each token where the mark stands: the rest of the event is built only once."""
+    before, _, after = event.partition(encoded(_MARK))
+    for token in tokens:
+        yield before + encoded(token) + after
+
+
+def _openai(job: Job, chat: bool, with_usage: bool) -> Reply:
+    """Answer ``chat/completions`` or ``completions``; a message's role comes with a token."""
+    text, serial, reason = "".join(job.tokens), uuid4().hex, "length" if job.cut else "stop"
+    kind, prefix = ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
+    base: JsonObject = {
+        "id": f"{prefix}-{serial}", "object": kind, "created": int(time.time()),
+        "model": job.model, "system_fingerprint": job.model, "choices": [],
+    }  # fmt: skip
+    usage = {"prompt_tokens": job.prompt, "completion_tokens": len(job.tokens)}
+    usage["total_tokens"] = job.prompt + len(job.tokens)
+
+    def choice(said: JsonObject, reason: str | None = None) -> JsonObject:
+        return {"choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}
+
+    def message(text: str, first: bool = True) -> JsonObject:
+        role = {"role": "assistant"} if first else {}
+        if not job.tool:
+            return {**role, "content": text}
+        named = {"id": f"call_{serial}", "type": "function"} if first else {}
+        function = ({"name": job.tool} if first else {}) | {"arguments": text}
+        return {**role, "tool_calls": [{"index": 0, **named, "function": function}]}
+
+    said: JsonObject = {"text": text}
+    first: JsonObject = {"text": _MARK}
+    rest, last = first, first | {"text": ""}
+    if chat:
+        reason, base["object"] = "tool_calls" if job.tool else reason, "chat.completion.chunk"
+        said = {"message": {"content": None, "tool_calls": [], **message(text)}}
+        first, rest = {"delta": message(_MARK)}, {"delta": message(_MARK, first=False)}
+        last = {"delta": {}}
+    begun, more = _event(**base | choice(first)), _event(**base | choice(rest))
+    tokens = chain(_per_token(begun, job.tokens[:1]), _per_token(more, job.tokens[1:]))
+    closing = [_event(**base | choice(last, reason))]
+    if with_usage:
+        closing.append(_event(**base, usage=usage))
+    whole = base | {"object": kind} | choice(said, reason) | {"usage": usage, "stats": {}}
+    return whole, [], tokens, [*closing, b"data: [DONE]\n\n"]
+
+
+def _responses(job: Job) -> Reply:
+    """Answer ``responses``; its events are numbered in sequence."""
+    text, serial, numbers = "".join(job.tokens), uuid4().hex, count()
+    status = "incomplete" if job.cut else "completed"
+    new: JsonObject = {
+        "id": f"resp_{serial}", "object": "response", "created_at": int(time.time()),
+        "model": job.model, "status": "in_progress", "output": [], "usage": None, "error": None,
+        "incomplete_details": None, "instructions": None, "metadata": {}, "temperature": 1.0,
+        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "top_p": 1.0,
+    }  # fmt: skip
+    usage = {
+        "input_tokens": job.prompt, "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": len(job.tokens), "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": job.prompt + len(job.tokens),
+    }  # fmt: skip
+    item: JsonObject = {"id": f"item_{serial}", "status": status}
+    place: JsonObject = {"item_id": item["id"], "output_index": 0}
+    parts: list[JsonObject] = []
+    if job.tool:
+        kind, said = "function_call_arguments", {"name": job.tool, "arguments": text}
+        item |= {"type": "function_call", "call_id": f"call_{serial}", **said}
+        begun = item | {"status": "in_progress", "arguments": ""}
+    else:
+        kind, said, place["content_index"] = "output_text", {"text": text}, 0
+        parts = [{"type": kind, "text": text, "annotations": [], "logprobs": []}]
+        item |= {"type": "message", "role": "assistant", "content": parts}
+        begun = item | {"status": "in_progress", "content": []}
+    cut = {"reason": "max_output_tokens"} if job.cut else None
+    whole = new | {"status": status, "output": [item], "usage": usage, "incomplete_details": cut}
+
+    def event(kind: str, **content: Any) -> bytes:
+        return _event(f"response.{kind}", sequence_number=next(numbers), **content)
+
+    opening = [event("created", response=new), event("in_progress", response=new)]
+    opening += [event("output_item.added", output_index=0, item=begun)]
+    opening += [event("content_part.added", **place, part=one | {"text": ""}) for one in parts]
+    tokens = [event(f"{kind}.delta", **place, delta=one, logprobs=[]) for one in job.tokens]
+    closing = [event(f"{kind}.done", **place, **said, logprobs=[])]
+    closing += [event("content_part.done", **place, part=one) for one in parts]
+    closing += [event("output_item.done", output_index=0, item=item)]
+    return whole, opening, tokens, [*closing, event(status, response=whole)]
+
+
+def _messages(job: Job) -> Reply:
+    """Answer Anthropic's ``messages``."""
+    block: JsonObject = {"type": "text", "text": ""}
+    said: JsonObject = {"text": "".join(job.tokens)}
+    piece, reason = {"type": "text_delta", "text": _MARK}, "max_tokens" if job.cut else "end_turn"
+    if job.tool:
+        block = {"type": "tool_use", "id": f"toolu_{uuid4().hex}", "name": job.tool, "input": {}}
+        said, piece = {"input": json.loads(said["text"])}, {"type": "input_json_delta"}
+        piece, reason = piece | {"partial_json": _MARK}, "tool_use"
+    usage = {"input_tokens": job.prompt, "output_tokens": 0}
+    used = {"output_tokens": len(job.tokens)}
+    end = {"stop_reason": reason, "stop_sequence": None}
+    new: JsonObject = {
+        "id": f"msg_{uuid4().hex}", "type": "message", "role": "assistant", "model": job.model,
+        "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage,
+    }  # fmt: skip
+    opening = [_event("message_start", message=new)]
+    opening += [_event("content_block_start", index=0, content_block=block)]
+    delta = _event("content_block_delta", index=0, delta=piece)
+    closing = [_event("content_block_stop", index=0)]
+    closing += [
+        _event("message_delta", delta=end, usage=used),
+        _event("message_stop"),
+    ]
+    whole = new | {"content": [block | said], **end, "usage": usage | used}
+    return whole, opening, _per_token(delta, job.tokens), closing

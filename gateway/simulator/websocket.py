@@ -1,39 +1,23 @@
-"""LM Studio's SDK protocol: calls and channels over one WebSocket per namespace.
-
-Shapes follow ``lmstudio/json_api.py`` and ``_sdk_models`` (1.5.0) and lmstudio.md section 1.
-"""
+"""LM Studio's SDK protocol: calls and loads over a WebSocket, shaped as in ``lmstudio`` 1.5.0."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.lock import RLock
 from wsproto import ConnectionType, WSConnection
-from wsproto.events import (
-    AcceptConnection,
-    CloseConnection,
-    Event,
-    Ping,
-    Request,
-    TextMessage,
-)
-from wsproto.utilities import LocalProtocolError, RemoteProtocolError
+from wsproto.events import AcceptConnection, CloseConnection, Event, Ping, TextMessage
+from wsproto.utilities import ProtocolError
 
-from gateway.simulator.calls import Calls, Violation
-from gateway.simulator.catalogue import JsonObject, Model
-from gateway.simulator.memory import LoadRequest, Refusal
-from gateway.simulator.state import Simulator
+from gateway.simulator.models import MODELS, UNFAMILIAR_MODELS, Instance, JsonObject, Refusal
 
 if TYPE_CHECKING:
     from gateway.simulator.server import Handler
-
-NAMESPACES = frozenset(
-    {"llm", "embedding", "system", "files", "repository", "diagnostics", "plugins", "runtime"}
-)
 
 
 class Dropped(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types here
@@ -43,223 +27,146 @@ class Dropped(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
 class Session:
     """One WebSocket, from the upgrade to its end."""
 
-    def __init__(self, simulator: Simulator, handler: Handler, namespace: str) -> None:
-        self.namespace = namespace
-        self._simulator = simulator
-        self._handler = handler
-        self._calls = Calls(simulator, namespace)
-        self._greenlet: gevent.Greenlet[..., Any] = gevent.getcurrent()
+    def __init__(self, handler: Handler) -> None:
+        self.namespace = handler.path.partition("?")[0].strip("/")
+        self._handler, self._simulator = handler, handler.simulator
+        #: Cuts the TCP connection with a reset, from any greenlet.
+        self.drop = partial(gevent.getcurrent().kill, Dropped, block=False)
         self._connection = WSConnection(ConnectionType.SERVER)
         self._sending = RLock()  # frames of parallel loads must not mix
-        self._channels: dict[int, gevent.Greenlet[..., Any]] = {}
+        self._loads: dict[int, Instance] = {}  # by channel
 
     def serve(self) -> None:
         """Talk until either side ends it; running loads are cancelled then."""
         self._simulator.sessions.add(self)
         self._simulator.opened[self.namespace] += 1
         try:
-            self._upgrade()
-            frames = self._frames()
-            if self._authenticate(frames):
-                for frame in frames:
-                    self._dispatch(frame)
+            headers = [(key.encode(), text.encode()) for key, text in self._handler.headers.items()]
+            self._connection.initiate_upgrade_connection(headers, self._handler.path)
+            self._send_event(AcceptConnection())
+            messages = self._messages()
+            if self._authenticate(messages):
+                for message in messages:
+                    self._handle(message)
         except Dropped:
             self._handler.abort()
-        except (OSError, RemoteProtocolError):
-            pass  # the client is gone
+        except (OSError, ProtocolError, ValueError):
+            pass  # the client is gone, or sent no JSON
         finally:
             self._simulator.sessions.discard(self)
-            gevent.killall(list(self._channels.values()), block=False)
+            for load in self._loads.values():
+                load.cancel()
 
-    def drop(self) -> None:
-        """Cut the TCP connection with a reset, from any greenlet."""
-        self._greenlet.kill(Dropped, block=False)
-
-    def send(self, message: JsonObject) -> None:
-        """Send one JSON frame."""
+    def _send(self, **message: Any) -> None:
         self._send_event(TextMessage(data=json.dumps(message)))
 
     def _send_event(self, event: Event) -> None:
         with self._sending:
-            try:
-                payload = self._connection.send(event)
-            except LocalProtocolError as error:
-                raise ConnectionError("the socket is closing") from error
-            self._handler.socket.sendall(payload)
+            self._handler.socket.sendall(self._connection.send(event))
 
-    def _upgrade(self) -> None:
-        headers = [(name.encode(), value.encode()) for name, value in self._handler.headers.items()]
-        self._connection.initiate_upgrade_connection(headers, self._handler.path)
-        for event in self._connection.events():
-            if isinstance(event, Request):
-                self._send_event(AcceptConnection())
-
-    def _frames(self) -> Iterator[Any]:
-        """Yield the JSON of each complete text message; answer pings and the closing handshake."""
+    def _messages(self) -> Iterator[Any]:
+        """Yield the JSON of each message; answer pings and the closing handshake."""
         text = ""
         while data := self._handler.rfile.read1(65536):
             self._connection.receive_data(data)
             for event in self._connection.events():
+                if isinstance(event, Ping | CloseConnection):
+                    self._send_event(event.response())
+                if isinstance(event, CloseConnection):
+                    return
                 if isinstance(event, TextMessage):
                     text += event.data
                     if event.message_finished:
-                        yield _decoded(text)
+                        yield json.loads(text)
                         text = ""
-                elif isinstance(event, Ping):
-                    self._send_event(event.response())
-                elif isinstance(event, CloseConnection):
-                    self._send_event(event.response())
-                    return
 
-    def _authenticate(self, frames: Iterator[Any]) -> bool:
-        """Answer the first frame; a token ``sk-lm-ID:KEY`` is matched as identifier and passkey."""
-        hello = next(frames, None)
-        if self._simulator.faults.switches.silent_after_upgrade:
-            for _ in frames:  # never answered, not even when the switch is off again
-                pass
-            return False
-        if hello is None:
-            return False
-        if not isinstance(hello, dict) or hello.get("authVersion") != 1:
-            return self._turn_away("Invalid authentication message.")
-        shown = f"sk-lm-{hello.get('clientIdentifier')}:{hello.get('clientPasskey')}"
-        if self._simulator.token not in (None, shown):
-            return self._turn_away("Invalid API token.")
-        self._simulator.clients.append(str(hello.get("clientIdentifier")))
-        self.send({"success": True})
-        return True
-
-    def _turn_away(self, reason: str) -> bool:
-        self.send({"success": False, "error": reason})
+    def _authenticate(self, messages: Iterator[Any]) -> bool:
+        """Answer the first message; a token ``sk-lm-ID:KEY`` is sent as identifier and passkey."""
+        hello, token = next(messages, None), self._simulator.token
+        if self._simulator.switches.silent_after_upgrade:
+            return any(False for _ in messages)  # not answered once the switch is off, either
+        match hello:
+            case {"authVersion": 1, "clientIdentifier": name, **more}:
+                if token in (None, f"sk-lm-{name}:{more.get('clientPasskey')}"):
+                    self._simulator.clients.append(str(name))
+                    self._send(success=True)
+                    return True
+        self._send(success=False, error="Invalid authentication message or API token.")
         self._send_event(CloseConnection(code=1000))
         return False
 
-    def _dispatch(self, frame: Any) -> None:
-        """Handle a frame; one that violates a schema only gets a warning, without a call id."""
-        try:
-            self._route(frame)
-        except Violation as violation:
-            self._warn(violation)
-
-    def _warn(self, violation: Violation) -> None:
-        warning = f"Received communication that violates the protocol: {violation}"
-        self._simulator.warnings.append(warning)
-        self.send({"type": "communicationWarning", "warning": warning})
-
-    def _route(self, frame: Any) -> None:
-        match frame:
-            case {"type": "rpcCall", "endpoint": str(), "callId": int()}:
-                self._call(frame)
-            case {"type": "channelCreate", "endpoint": str(), "channelId": int()}:
-                self._open_channel(frame)
-            case {"type": "channelSend", "channelId": int(number), "message": message}:
-                if message == {"type": "cancel"} and number in self._channels:
-                    self._channels[number].kill(block=False)
-            case {"type": "channelAck"}:
-                pass
+    def _handle(self, message: Any) -> None:
+        match message:
+            case {"type": "rpcCall", "endpoint": str(endpoint), "callId": int(number), **more}:
+                if not self._simulator.switches.silent_rpc:
+                    delay = self._simulator.switches.slow_rpc_ms / 1000
+                    replies = self._call(number, endpoint, more.get("parameter"))
+                    gevent.spawn_later(delay, self._answer, replies, type="rpcError", callId=number)
+            case {"type": "channelCreate", "endpoint": "loadModel", "channelId": int(number)}:
+                replies = self._load(number, message.get("creationParameter"))
+                gevent.spawn(self._answer, replies, type="channelError", channelId=number)
+                gevent.sleep(0)  # let it begin, so that it can be cancelled
+            case {"type": "channelSend" | "channelAck", "channelId": int(number), **more}:
+                if more.get("message") == {"type": "cancel"} and number in self._loads:
+                    self._loads[number].cancel()
             case {"type": "keepAlive"}:
-                self.send({"type": "keepAliveAck"})
+                self._send(type="keepAliveAck")
             case _:
-                raise Violation(f"unknown message: {json.dumps(frame)}")
+                self._warn(message)
 
-    def _call(self, frame: JsonObject) -> None:
-        endpoint = self._calls.endpoints().get(frame["endpoint"])
-        if endpoint is None:
-            raise Violation(f"unknown RPC endpoint {self.namespace}.{frame['endpoint']}")
-        if self._simulator.faults.switches.silent_rpc:
-            return
-        if delay := self._simulator.faults.switches.slow_rpc_ms:
-            gevent.spawn_later(delay / 1000, self._answer_late, endpoint, frame)
-        else:
-            self._answer(endpoint, frame)
+    def _warn(self, *what: object) -> None:
+        """Answer what LM Studio's schemas don't accept; it doesn't even name the call."""
+        warning = f"Received communication that violates the protocol: {json.dumps(what)}"
+        self._simulator.warnings.append(warning)
+        self._send(type="communicationWarning", warning=warning)
 
-    def _answer_late(self, endpoint: Callable[[Any], Any], frame: JsonObject) -> None:
-        with suppress(OSError):  # the socket may have closed meanwhile
-            self._answer(endpoint, frame)
-
-    def _answer(self, endpoint: Callable[[Any], Any], frame: JsonObject) -> None:
-        reply: JsonObject = {"callId": frame["callId"]}
-        try:
-            result = endpoint(frame.get("parameter"))
-            reply |= {"type": "rpcResult"} | ({} if result is None else {"result": result})
-        except Violation as violation:
-            self._warn(violation)
-            return
-        except Refusal as refusal:
-            reply |= {"type": "rpcError", "error": refusal.as_json()}
-        self.send(reply)
-
-    def _open_channel(self, frame: JsonObject) -> None:
-        loads = {"loadModel": self._load, "getOrLoad": self._get_or_load}
-        work = loads.get(frame["endpoint"])
-        if work is None or self.namespace not in ("llm", "embedding"):
-            raise Violation(f"unknown channel endpoint {self.namespace}.{frame['endpoint']}")
-        key = "modelKey" if frame["endpoint"] == "loadModel" else "identifier"
-        request = self._calls.load_request(frame.get("creationParameter"), key)
-        number = frame["channelId"]
-        self._channels[number] = gevent.spawn(self._run_channel, number, work, request)
-        gevent.sleep(0)  # let it begin: one killed before it ran could not answer a cancel
-
-    def _run_channel(
-        self,
-        number: int,
-        work: Callable[[LoadRequest, Callable[[JsonObject], None]], None],
-        request: LoadRequest,
-    ) -> None:
-        def tell(message: JsonObject) -> None:
-            self.send({"type": "channelSend", "channelId": number, "message": message})
-
-        def fail(refusal: Refusal) -> None:
-            error = refusal.as_json()
-            self.send({"type": "channelError", "channelId": number, "error": error})
-
-        try:
+    def _answer(self, replies: Iterator[JsonObject], **failure: Any) -> None:
+        """Send the replies, or what goes wrong in making them, unless the socket has closed."""
+        with suppress(OSError, ProtocolError):
             try:
-                work(request, tell)
-                self.send({"type": "channelClose", "channelId": number})
+                for reply in replies:
+                    self._send(**reply)
             except Refusal as refusal:
-                fail(refusal)
-            except gevent.GreenletExit:
-                if self in self._simulator.sessions:
-                    fail(Refusal("Failed to load model", cause="Operation canceled."))
-        except OSError:
-            pass  # the socket closed meanwhile
-        finally:
-            self._channels.pop(number, None)
+                self._send(**failure, error=refusal.error)
 
-    def _load(self, request: LoadRequest, tell: Callable[[JsonObject], None]) -> None:
-        def resolved(model: Model, identifier: str) -> None:
-            tell({"type": "resolved", "info": model.info()})
+    def _load(self, number: int, parameter: Any) -> Iterator[JsonObject]:
+        """Load a model on a channel; a TTL is whole ms, at least 1."""
+        try:
+            parts = [layer["config"]["fields"] for layer in parameter["loadConfigStack"]["layers"]]
+            fields = {one["key"]: one.get("value") for part in parts for one in part}
+            name, ttl = parameter.get("identifier") or "", parameter.get("ttlMs")
+            new = Instance(self.namespace, parameter["modelKey"], name, fields, ttl)
+            if not isinstance(name, str) or not (ttl is None or (type(ttl) is int and ttl >= 1)):
+                raise ValueError
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return self._warn(parameter)
+        self._loads[number] = new
+        for message in self._simulator.memory.load(new, self._simulator.switches.fail_loads):
+            yield {"type": "channelSend", "channelId": number, "message": message}
+        yield {"type": "channelClose", "channelId": number}
 
-        def progressed(progress: float) -> None:
-            tell({"type": "progress", "progress": progress})
-
-        instance = self._simulator.memory.load(request, resolved, progressed)
-        tell({"type": "success", "info": instance.info()})
-
-    def _get_or_load(self, request: LoadRequest, tell: Callable[[JsonObject], None]) -> None:
-        def resolved(model: Model, identifier: str) -> None:
-            tell({"type": "startLoading", "identifier": identifier, "info": model.info()})
-
-        def progressed(progress: float) -> None:
-            tell({"type": "loadProgress", "progress": progress})
-
-        for instance in self._simulator.memory.of(self.namespace):
-            if instance.identifier == request.model_key:
-                tell(
-                    {
-                        "type": "alreadyLoaded",
-                        "identifier": instance.identifier,
-                        "info": instance.info(),
-                    }
-                )
-                return
-        instance = self._simulator.memory.load(request, resolved, progressed)
-        tell({"type": "loadSuccess", "info": instance.info()})
-
-
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text  # no message: it will be warned about
+    def _call(self, number: int, endpoint: str, parameter: Any) -> Iterator[JsonObject]:
+        """Make a call of the namespace ``system``, or of one for models."""
+        memory, space = self._simulator.memory, self.namespace
+        result: Any = None
+        match "model" if space in ("llm", "embedding") else space, endpoint, parameter:
+            case "system", "version", None:
+                result = {"version": "0.3.31", "build": 1}
+            case "system", "listDownloadedModels", None:
+                strange = self._simulator.switches.unknown_model_type
+                result = [*MODELS.values(), *(UNFAMILIAR_MODELS if strange else [])]
+            case "model", "listLoaded", None:
+                result = [instance.info() for instance in memory.of(space)]
+            case "model", "getModelInfo", {"specifier": dict(specifier), **more}:
+                with suppress(*[] if more.get("throwIfNotFound") else [Refusal]):
+                    result = memory.find(space, specifier).info()
+            case "model", "getLoadConfig", {"specifier": dict(specifier)}:
+                config = memory.find(space, specifier).config
+                result = {"fields": [{"key": key, "value": config[key]} for key in config]}
+            case "model", "unloadModel", {"identifier": str(name)}:
+                memory.find(space, {"query": {"identifier": name}}, "generic.identifierNotFound")
+                del memory.instances[name]
+            case _:
+                return self._warn(space, endpoint, parameter)
+        given = {} if result is None else {"result": result}
+        yield {"type": "rpcResult", "callId": number, **given}

@@ -465,6 +465,33 @@ def test_errors_that_lm_studio_answers_with_200(simulator: Running, sdk: Client)
     assert malformed.status_code == 400
 
 
+@pytest.mark.parametrize("options", [[], ["include_usage"], "include_usage", 1, {}])
+def test_odd_stream_options_ask_for_nothing(simulator: Running, options: Any) -> None:
+    asked = chat("count to 2", stream=True) | {"stream_options": options}
+    answer = simulator.http.post("/v1/chat/completions", json=asked)
+    assert (answer.status_code, answer.text.count("data: ")) == (200, 4)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"tools": [1], "tool_choice": "required"}, {"tools": {"a": 1}, "tool_choice": {}}]
+)
+def test_a_body_of_the_wrong_form_is_an_error_object(
+    simulator: Running, odd: dict[str, Any]
+) -> None:
+    answer = simulator.http.post("/v1/chat/completions", json=chat("go") | odd)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_half_a_surrogate_pair_comes_back_as_it_went(simulator: Running) -> None:
+    asked = json.dumps(chat("hi") | {"model": "half \ud83d"}).encode()
+    answer = simulator.http.post("/v1/chat/completions", content=asked)
+    assert answer.status_code == 400
+    assert "half \ud83d" in answer.json()["error"]["message"]
+    embedded = json.dumps({"model": EMBEDDING, "input": "\ud83d"}).encode()
+    assert simulator.http.post("/v1/embeddings", content=embedded).status_code == 200
+
+
 def test_a_request_is_recorded_as_it_came(simulator: Running) -> None:
     body = json.dumps(chat("count to 2", stream=True)).encode()
     answer = simulator.http.post(
