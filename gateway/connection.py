@@ -87,6 +87,11 @@ class Received:
         self._socket = sock
         self._buffer = b""
 
+    @property
+    def pending(self) -> bool:
+        """Whether something has come already."""
+        return bool(self._buffer)
+
     def head(self, timeout: float) -> bytes:
         """A request's head without its empty line. Raises Refused as soon as it can't become one,
         Ended when it does not come."""
@@ -378,6 +383,8 @@ class Connection:
             return False
         while not body.done:
             body.read(_READ)
+        if self._received.pending:
+            gevent.sleep(0)  # a client that sends its requests at once must not starve the others
         return True
 
     def _invitation(self, environ: Environ) -> Any:
