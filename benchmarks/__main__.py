@@ -20,13 +20,23 @@ from benchmarks.measures import Requests, median
 from benchmarks.targets import Stand, Target
 
 CONNECTIONS = (1, 16, 64)
-PARTS = ("requests", "streams", "first-byte", "leaving", "memory", "growth", "start")
+PARTS = (
+    "requests",
+    "streams",
+    "first-byte",
+    "leaving",
+    "memory",
+    "growth",
+    "log",
+    "readers",
+    "start",
+)
 
 
 class Run:
     """One run over all rounds."""
 
-    def __init__(self, stand: Stand, targets: list[Target], rounds: int, seconds: float) -> None:
+    def __init__(self, stand: Stand, targets: list[Target], rounds: int, seconds: int) -> None:
         self.stand, self.targets = stand, targets
         self.rounds, self.seconds = rounds, seconds
         self.gateway = next(target for target in targets if target.name == "gateway")
@@ -107,6 +117,32 @@ class Run:
             slope = (each - base) / (size - 1000) * 1e6 if size > 1000 else 0.0
             _row(str(size), f"{each:.3f}", f"{slope:.2f}")
 
+    def log(self) -> None:
+        """A gateway whose event log is at its bound beside one that has just begun."""
+        full, empty = [], []
+        for number in range(self.rounds):
+            fresh = self.stand.gateway(f"fresh-{number}")
+            measures.requests(fresh, self.stand.folder, 4, 1)  # warm
+            for target, found in ((self.gateway, full), (fresh, empty)):
+                found.append(measures.requests(target, self.stand.folder, 4, 1).cpu_ms)
+            self.stand.drop(fresh)
+        print(f"\nCPU of a request with 10,000 events in the log: {_ratio(full, empty)} of without")
+
+    def readers(self) -> None:
+        """Plain requests with and without 20 readers of the event stream."""
+        with_readers: list[Requests] = []
+        without: list[Requests] = []
+        for _ in range(self.rounds):
+            without.append(self._plain())
+            with measures.event_readers(self.gateway, 20):
+                with_readers.append(self._plain())
+        rates = [[one.per_second for one in found] for found in (with_readers, without)]
+        costs = [[one.cpu_ms for one in found] for found in (with_readers, without)]
+        print(f"\n20 readers of the events: requests/s {_ratio(*rates)}, CPU {_ratio(*costs)}")
+
+    def _plain(self) -> Requests:
+        return measures.requests(self.gateway, self.stand.folder, 16, self.seconds)
+
     def start(self) -> None:
         times = [measures.start_seconds(self.stand.folder) for _ in range(self.rounds)]
         print(f"\nserve answers /health after {median(times):.2f} s ({_range(times)})")
@@ -124,7 +160,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--seconds", type=int, default=2)
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--command", action="append", default=[], metavar="NAME=COMMAND")
     wanted = parser.parse_args()

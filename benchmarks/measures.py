@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
@@ -34,7 +36,7 @@ class Requests:
 
 
 def requests(
-    target: Target, folder: Path, connections: int, seconds: float, prompt: int = 100
+    target: Target, folder: Path, connections: int, seconds: int, prompt: int = 100
 ) -> Requests:
     """Chats without a model, by wrk on one thread; ``prompt`` bytes each."""
     body = json.dumps({"messages": [{"role": "user", "content": "x" * prompt}]})
@@ -48,7 +50,7 @@ def requests(
     wrk = shutil.which("wrk")
     if wrk is None:
         raise SystemExit("wrk is not installed (apt-get install wrk)")
-    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s", str(script)]
+    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script)]
     before = target.process.cpu_seconds() if target.process else 0.0
     out = subprocess.run([*command, target.url], capture_output=True, text=True, check=True).stdout
     cpu = (target.process.cpu_seconds() if target.process else 0.0) - before
@@ -132,6 +134,22 @@ def list_left(paced_port: int) -> list[int]:
     url = f"http://127.0.0.1:{paced_port}/left"
     found: list[int] = json.load(urllib.request.urlopen(url, timeout=10))
     return found
+
+
+@contextmanager
+def event_readers(target: Target, count: int) -> Iterator[None]:
+    """So many readers of ``/debug/stream``, each a curl of its own."""
+    curl = ["curl", "-sN", "-H", f"Authorization: Bearer {KEY}", "-o", "/dev/null"]
+    url = f"http://127.0.0.1:{target.port}/debug/stream"
+    readers = [subprocess.Popen([*curl, url]) for _ in range(count)]
+    time.sleep(1)
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader.terminate()
+        for reader in readers:
+            reader.wait(10)
 
 
 def start_seconds(folder: Path) -> float:

@@ -207,6 +207,12 @@ class Stand:
         target.wait()
         return target
 
+    def drop(self, target: Target) -> None:
+        """Stop one target."""
+        if target.process is not None:
+            self._processes.remove(target.process)
+            target.process.stop()
+
     def stop(self) -> None:
         for process in self._processes:
             process.stop()

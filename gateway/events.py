@@ -27,7 +27,7 @@ from gateway.store import Batch, SharedStore, StoredEvent, StoreError, merge
 MAX_WAITING = 20_000
 #: Events written at once, and seconds in which they are collected.
 MAX_BATCH = 2_000
-COLLECT_SECONDS = 0.02
+COLLECT_SECONDS = 0.05
 #: Seconds between two attempts at a store that failed.
 RETRY_SECONDS = 0.5
 #: Seconds between two looks for requests whose worker has died.

@@ -71,6 +71,7 @@ def _play(gateway: Gateway, simulator: Simulator) -> Run:
     for path in ("/debug/status", "/debug/metrics", "/metrics", "/health", "/admin/models"):
         found.ours[path] = gateway.get(path, headers=admin).text
     eventually(lambda: found.ours["events"].count("event: inference_complete") > 20, 30)
+    eventually(lambda: "event: model_load_complete" in found.ours["events"], 30)
     for pid in (gateway.process.pid, *gateway.workers()):
         found.ours[f"command line of {pid}"] = Path(f"/proc/{pid}/cmdline").read_text()
     found.upstream = simulator.requests()
