@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_HEAD_BYTES = 256 * 1024
 MAX_CHUNK_LINE_BYTES = 4096
@@ -49,14 +50,18 @@ def parse_head(block: bytes) -> Head:
     match = _STATUS_LINE.fullmatch(first)
     if match is None:
         raise Malformed("bad status line")
-    headers = []
-    for line in lines:
-        header = _HEADER_LINE.fullmatch(line)
-        if header is None:
-            raise Malformed("bad header line")
-        headers.append((header[1].decode("ascii"), header[2].decode("latin-1")))
+    headers = [_header(line) for line in lines]
     reason = (match[3] or b"").decode("latin-1").strip()
     return Head(int(match[2]), reason, headers, http10=match[1] == b"0")
+
+
+@lru_cache(maxsize=1024)
+def _header(line: bytes) -> tuple[str, str]:
+    """Name and value of a header line; a server repeats most of them in every answer."""
+    header = _HEADER_LINE.fullmatch(line)
+    if header is None:
+        raise Malformed("bad header line")
+    return header[1].decode("ascii"), header[2].decode("latin-1")
 
 
 class Body:
