@@ -95,7 +95,7 @@ class Gateway:
         self.server = server
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.unix = str(settings.get("GATEWAY_HOST", "")).removeprefix("unix:")
+        self.unix = str(settings.get("GATEWAY_HOST", "")).partition("unix:")[2]
         self.port = int(settings.pop("GATEWAY_PORT", None) or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         clean = {name: text for name, text in os.environ.items() if not _is_setting(name)}

@@ -171,7 +171,8 @@ class Memory:
             with self._reservation(model, request.identifier) as identifier:
                 attempt.identifier = identifier
                 on_resolved(model, identifier)
-                duration = model.load_seconds if seconds is None else seconds
+                asked = self._faults.switches.load_ms / 1000 or model.load_seconds
+                duration = asked if seconds is None else seconds
                 self._fill(attempt, model, duration, on_progress)
                 instance = Instance(model, identifier, request.ttl_ms, applied, attempt.ignored)
                 self.instances[identifier] = instance
