@@ -110,6 +110,9 @@ def check_state(url: str) -> None:
 
 def serve_gunicorn(first: Settings) -> None:
     """Run gunicorn in this process until a signal ends it; SIGHUP reads the settings again."""
+    if not os.environ.get("WEB_CONCURRENCY"):
+        # empty, as in .env.example, it would be an error to gunicorn
+        os.environ.pop("WEB_CONCURRENCY", None)
     from gunicorn.app.base import BaseApplication
 
     class Application(BaseApplication):  # type: ignore[misc]

@@ -176,6 +176,20 @@ def test_gunicorn_serves_the_checkout(start: Start, simulator: Simulator) -> Non
     assert "Traceback" not in err
 
 
+def test_an_empty_number_of_workers_is_none(start: Start, simulator: Simulator) -> None:
+    """As Docker's env_file makes it of .env.example."""
+    port = free_port()
+    gateway = start(
+        [*CLI, "serve"],
+        GATEWAY_PORT=port,
+        LMSTUDIO_BASE_URL=simulator.url,
+        WEB_CONCURRENCY="",
+    )
+    eventually(lambda: answers(f"http://127.0.0.1:{port}/health"), 30)
+    gateway.terminate()
+    assert finish(gateway)[0] == 0
+
+
 @pytest.mark.both_servers
 def test_a_gateway_that_is_stopped_while_it_boots_ends_soon(launch: Callable[..., Gateway]) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
