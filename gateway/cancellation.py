@@ -24,8 +24,9 @@ _READ = 1
 #: Seconds between two looks at a client that has sent more than its request (pipelining): the data
 #: in front hides the end from MSG_PEEK, but not from poll(2).
 PIPELINED_INTERVAL = 0.25
-_poll = gevent.monkey.get_original("select", "poll")
-_PEER_CLOSED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+_PEER_CLOSED = getattr(select, "POLLRDHUP", 0)
+#: On Windows the flag is missing; gevent's sockets never wait anyway.
+_PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 
 
 class ClientWatch:
@@ -83,7 +84,7 @@ def _peek(client: Any) -> bytes | None:
     """One waiting byte, ``b""`` at the end, None when there is nothing after all."""
     plain = _PlainSocket(socket.AF_INET, socket.SOCK_STREAM, 0, client.fileno())
     try:
-        return bytes(plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return bytes(plain.recv(1, _PEEK))
     except BlockingIOError:
         return None
     except OSError:
@@ -93,7 +94,12 @@ def _peek(client: Any) -> bytes | None:
 
 
 def _has_closed(client: Any) -> bool:
-    """Whether the peer's end has come behind data that nobody has read yet (Linux tells it)."""
-    poll = _poll()
+    """Whether the peer's end has come behind data that nobody has read yet (Linux tells it, others
+    at most when the connection was reset, Windows never)."""
+    try:
+        poll = gevent.monkey.get_original("select", "poll")()
+    except AttributeError:
+        return False
+    # POLLHUP and POLLERR are told unasked
     poll.register(client.fileno(), _PEER_CLOSED)
     return bool(poll.poll(0))

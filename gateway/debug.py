@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -254,11 +253,17 @@ def _workers() -> int:
     return max(1, len(children)) if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else 1
 
 
-def _resident_bytes() -> int:
+def _resident_bytes() -> int | None:
+    """None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # the highest ever, where there is no /proc: macOS, which counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return pages * resource.getpagesize()
 
 

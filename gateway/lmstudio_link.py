@@ -9,11 +9,13 @@ when they move.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -341,6 +343,7 @@ class Link:
         if self._client is None:
             quieten_sdk()
             ignore_proxies()
+            select_on_windows()
             lmstudio.set_sync_api_timeout(CALL_TIMEOUT)
             client_type = type("GatewayClient", (_Client,), {"api_token": self._token})
             self._client = client_type(f"{self._host}:{self._port}")
@@ -385,6 +388,13 @@ def get_link(settings: Settings) -> Link:
 def ignore_proxies() -> None:
     """LM Studio is on the LAN: HTTP(S)_PROXY and ALL_PROXY must not divert the SDK's socket."""
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
+
+
+def select_on_windows() -> None:
+    """The SDK's loop runs in a greenlet: the default one of Windows (IOCP) would block all others,
+    the one with select() is gevent's to schedule, as on other systems."""
+    if sys.platform == "win32":
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
 
 
 def quieten_sdk() -> None:

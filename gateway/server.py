@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
@@ -109,6 +110,9 @@ def check_state(url: str) -> None:
 
 def serve_gunicorn(first: Settings) -> None:
     """Run gunicorn in this process until a signal ends it; SIGHUP reads the settings again."""
+    if not os.environ.get("WEB_CONCURRENCY"):
+        # empty, as in .env.example, it would be an error to gunicorn
+        os.environ.pop("WEB_CONCURRENCY", None)
     from gunicorn.app.base import BaseApplication
 
     class Application(BaseApplication):  # type: ignore[misc]
@@ -159,18 +163,20 @@ def serve_gevent(settings: Settings) -> None:
     ending.kill()
     server.stop(timeout=1)
     parts.stop()
+    _unlink_socket(settings)
 
 
 def _listener(settings: Settings) -> Any:
     """The listening socket; exit status 1 in words when it can't be had."""
     host = settings.gateway_host
-    path = host.removeprefix("unix:")
+    if host.startswith("unix:") and not hasattr(socket, "AF_UNIX"):
+        problem = "GATEWAY_HOST: Python has no Unix sockets here (example: 127.0.0.1)"
+        raise _exit(SettingsError([problem]))
     try:
-        if path != host:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+        if host.startswith("unix:"):
+            _unlink_socket(settings)
             listener = socket.socket(socket.AF_UNIX)
-            listener.bind(path)
+            listener.bind(host.removeprefix("unix:"))
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.socket(family)
@@ -184,6 +190,15 @@ def _listener(settings: Settings) -> Any:
         raise SystemExit(1) from None
     listener.setblocking(False)
     return listener
+
+
+def _unlink_socket(settings: Settings) -> None:
+    """Remove the Unix socket, which stays when a process ends; nothing else of that name."""
+    path = settings.gateway_host.removeprefix("unix:")
+    if path != settings.gateway_host:
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
 
 
 def _exit(error: SettingsError) -> SystemExit:

@@ -13,6 +13,7 @@ import mmap
 import os
 import sqlite3
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -376,9 +377,16 @@ class _SharedFile:
         os.close(self._handle)
 
 
+#: What tells this process from another one with its number, on Windows.
+_BORN = time.time_ns()
+
+
 def _birth(pid: int) -> int:
     """When a process started, in clock ticks, which tells it from a later one with its number;
     -1 for a dead one, 0 where the system does not tell (no /proc)."""
+    if sys.platform == "win32":
+        # os.kill(pid, 0) would end it; a single process serves there
+        return _BORN if pid == os.getpid() else -1
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -35,6 +35,8 @@ READ_BYTES = 65536
 
 Connection = HTTPConnection
 _PlainSocket = gevent.monkey.get_original("socket", "socket")
+#: On Windows the flag is missing; gevent's sockets never wait anyway.
+_PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 
 
 class ConnectionBroken(Exception):
@@ -406,7 +408,7 @@ def _is_quiet(sock: Any) -> bool:
     """Whether an idle connection is open with nothing to read (anything else: do not use it)."""
     plain = _borrow(sock)
     try:
-        plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        plain.recv(1, _PEEK)
     except BlockingIOError:
         return True
     except OSError:

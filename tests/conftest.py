@@ -21,6 +21,18 @@ from tests.processes import Gateway, Simulator, eventually
 from tests.redis_server import RedisServer
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that are marked so run over gunicorn and over gevent's own server."""
+    if metafunc.definition.get_closest_marker("both_servers"):
+        metafunc.parametrize("server", ["gunicorn", "gevent"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest) -> str:
+    """What the gateways run under: gunicorn, unless the test says something else."""
+    return str(getattr(request, "param", "gunicorn"))
+
+
 @pytest.fixture(scope="module")
 def shared_simulator() -> Iterator[Simulator]:
     simulator = Simulator(0, "--pace-ms", "1")
@@ -37,28 +49,28 @@ def simulator(shared_simulator: Simulator) -> Simulator:
 
 @pytest.fixture(scope="module")
 def shared_gateway(
-    shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+    server: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
-    gateway = Gateway(tmp_path_factory.mktemp("gateway"), shared_simulator.url)
+    gateway = Gateway(tmp_path_factory.mktemp("gateway"), shared_simulator.url, server)
     yield gateway
     gateway.stop()
 
 
 @pytest.fixture
 def gateway(shared_gateway: Gateway, simulator: Simulator) -> Gateway:
-    """The module's gateway (two workers, no keys), with no active model."""
+    """The module's gateway (two workers under gunicorn, no keys), with no active model."""
     assert shared_gateway.post("/admin/models/deactivate").status_code == 200
     return shared_gateway
 
 
 @pytest.fixture
-def launch(tmp_path: Path, simulator: Simulator) -> Iterator[Callable[..., Gateway]]:
+def launch(server: str, tmp_path: Path, simulator: Simulator) -> Iterator[Callable[..., Gateway]]:
     """Start gateways with settings of one's own; they end with the test."""
     started: list[Gateway] = []
 
     def start(lmstudio: str | None = None, **settings: Any) -> Gateway:
         folder = tmp_path / f"gateway-{len(started)}"
-        started.append(Gateway(folder, lmstudio or simulator.url, **settings))
+        started.append(Gateway(folder, lmstudio or simulator.url, server, **settings))
         return started[-1]
 
     yield start
@@ -77,11 +89,12 @@ def shared_nginx(
 
 @pytest.fixture(scope="module")
 def shared_strict(
-    shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+    server: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
     gateway = Gateway(
         tmp_path_factory.mktemp("strict"),
         shared_simulator.url,
+        server,
         GATEWAY_API_KEY=SdkClient.KEY,
         GATEWAY_ADMIN_KEY=SdkClient.ADMIN_KEY,
         PROXY_TIMEOUT=700,

@@ -1,4 +1,4 @@
-"""A real nginx as the front of a gateway, configured as an operator would for streams."""
+"""A real nginx as the front of a gateway, with the configuration that is for operators."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 from tests.processes import eventually, free_port
 
 START_TIMEOUT = 10.0
-
-_CONFIGURATION = """
+DEPLOYED = Path(__file__).parents[1] / "deploy" / "nginx.conf"
+#: What deploy/nginx.conf leaves to the system's own nginx.conf.
+_MAIN = """
 daemon off;
 {user}
 worker_processes 1;
@@ -28,21 +29,7 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
-    server {{
-        listen {listen};
-        client_max_body_size 0;
-        location / {{
-            proxy_pass {upstream};
-            proxy_http_version 1.1;
-            proxy_buffering off;
-            proxy_request_buffering off;
-            proxy_read_timeout 3600s;
-            proxy_set_header Connection "";
-            proxy_set_header Host $http_host;
-            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-            proxy_set_header X-Forwarded-Proto $scheme;
-        }}
-    }}
+    include {folder}/site.conf;
 }}
 """
 
@@ -59,39 +46,47 @@ def require(binary: str) -> str:
 
 
 class Nginx:
-    """nginx in front of ``upstream``: ``http://host:port`` or ``unix:/path``.
+    """nginx on a free port in front of ``upstream``: ``http://host:port`` or ``unix:/path``.
 
-    It listens on a free port, or on the Unix socket ``listen``. ``url`` is for TCP.
+    ``changes`` are replacements in deploy/nginx.conf beside those of its addresses.
     """
 
-    def __init__(self, folder: Path, upstream: str, listen: str | None = None) -> None:
-        binary = require("nginx")
+    def __init__(self, folder: Path, upstream: str, changes: dict[str, str] | None = None) -> None:
+        self._binary = require("nginx")
         folder.mkdir(parents=True, exist_ok=True)
-        self.unix = (listen or "").removeprefix("unix:")
-        self.port = 0 if self.unix else free_port()
+        self.folder = folder
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "error.log"
-        configuration = folder / "nginx.conf"
-        configuration.write_text(
-            _CONFIGURATION.format(
-                # as root nginx's workers would otherwise be nobody, who can't enter the folder
-                user="user root root;" if os.geteuid() == 0 else "",
-                folder=folder,
-                listen=listen or f"127.0.0.1:{self.port}",
-                upstream=f"http://{upstream}" if upstream.startswith("unix:") else upstream,
-            )
-        )
-        command = [binary, "-p", str(folder), "-c", str(configuration), "-e", str(self.log)]
-        self.process = subprocess.Popen(command)
+        # as root nginx's workers would otherwise be nobody, who can't enter the folder
+        user = "user root root;" if os.geteuid() == 0 else ""
+        (folder / "nginx.conf").write_text(_MAIN.format(user=user, folder=folder))
+        addresses = {
+            "listen 80;": f"listen 127.0.0.1:{self.port};",
+            "\n    server 127.0.0.1:8002;": f"\n    server {upstream.removeprefix('http://')};",
+        }
+        site = DEPLOYED.read_text()
+        for old, new in {**addresses, **(changes or {})}.items():
+            assert site.count(old) == 1, old
+            site = site.replace(old, new)
+        (folder / "site.conf").write_text(site)
+        self.process = subprocess.Popen(self._command())
         eventually(self._answers, START_TIMEOUT)
+
+    def configuration(self) -> str:
+        """What nginx itself says that its configuration is."""
+        command = [*self._command(), "-T", "-q"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(10)
 
+    def _command(self) -> list[str]:
+        configuration = str(self.folder / "nginx.conf")
+        return [self._binary, "-p", str(self.folder), "-c", configuration, "-e", str(self.log)]
+
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
-        family = socket.AF_UNIX if self.unix else socket.AF_INET
-        address = self.unix or ("127.0.0.1", self.port)
-        with socket.socket(family) as probe:
-            return probe.connect_ex(address) == 0
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0

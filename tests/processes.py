@@ -87,12 +87,15 @@ class Simulator:
 
 
 class Gateway:
-    """``lmstudio-gateway serve`` with the given settings and no others."""
+    """``lmstudio-gateway serve`` with the given settings and no others, under either server."""
 
-    def __init__(self, folder: Path, lmstudio: str, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, lmstudio: str, server: str = "gunicorn", **settings: Any
+    ) -> None:
+        self.server = server
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.unix = str(settings.get("GATEWAY_HOST", "")).removeprefix("unix:")
+        self.unix = str(settings.get("GATEWAY_HOST", "")).partition("unix:")[2]
         self.port = int(settings.pop("GATEWAY_PORT", None) or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         clean = {name: text for name, text in os.environ.items() if not _is_setting(name)}
@@ -113,13 +116,16 @@ class Gateway:
         """Start, and wait until every worker serves."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gateway.cli", "serve"],
+                self.command(),
                 env=self.environ,
                 cwd=self.folder,
                 stderr=log,
                 start_new_session=True,
             )
         eventually(self._is_up, START_TIMEOUT)
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "gateway.cli", "serve", "--server", self.server]
 
     def stop(self, sig: int = signal.SIGTERM) -> None:
         self.http.close()
@@ -141,14 +147,16 @@ class Gateway:
         return self.log.read_text()
 
     def workers(self) -> list[int]:
-        """The worker processes' ids."""
+        """The worker processes' ids; gevent's server works in the only process that there is."""
+        if self.server == "gevent":
+            return [self.process.pid]
         listing = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in listing.split()]
 
     def _is_up(self) -> bool:
         assert self.process.poll() is None, self.logged()
-        ready = self.logged().count("Worker serves")
-        return ready >= int(self.environ["WEB_CONCURRENCY"]) and self._answers()
+        expected = 1 if self.server == "gevent" else int(self.environ["WEB_CONCURRENCY"])
+        return self.logged().count("Worker serves") >= expected and self._answers()
 
     def _answers(self) -> bool:
         family = socket.AF_UNIX if self.unix else socket.AF_INET

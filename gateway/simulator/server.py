@@ -70,7 +70,7 @@ class Switches:
     silent_rpc: bool = False  #: no RPC is answered
     silent_http: bool = False  #: ``/v1`` and the greeting hang until this is off
     fail_loads: str | None = None  #: every load fails with this cause
-    slow_rpc_ms: int = 0  #: delay of each RPC answer
+    load_ms: int = 0  #: how long a load takes, if not as long as its model's size says
     unknown_model_type: bool = False  #: two models that the SDK's types don't know are listed
 
 

@@ -99,9 +99,8 @@ class Session:
         match message:
             case {"type": "rpcCall", "endpoint": str(endpoint), "callId": int(number), **more}:
                 if not self._simulator.switches.silent_rpc:
-                    delay = self._simulator.switches.slow_rpc_ms / 1000
                     replies = self._call(number, endpoint, more.get("parameter"))
-                    gevent.spawn_later(delay, self._answer, replies, type="rpcError", callId=number)
+                    gevent.spawn(self._answer, replies, type="rpcError", callId=number)
             case {"type": "channelCreate", "endpoint": "loadModel", "channelId": int(number)}:
                 replies = self._load(number, message.get("creationParameter"))
                 gevent.spawn(self._answer, replies, type="channelError", channelId=number)
@@ -141,7 +140,9 @@ class Session:
         except (KeyError, TypeError, AttributeError, ValueError):
             return self._warn(parameter)
         self._loads[number] = new
-        for message in self._simulator.memory.load(new, self._simulator.switches.fail_loads):
+        switches = self._simulator.switches
+        seconds = switches.load_ms / 1000
+        for message in self._simulator.memory.load(new, switches.fail_loads, seconds):
             yield {"type": "channelSend", "channelId": number, "message": message}
         yield {"type": "channelClose", "channelId": number}
 

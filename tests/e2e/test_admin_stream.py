@@ -10,6 +10,8 @@ import pytest
 
 from tests.processes import Gateway, Simulator, eventually
 
+pytestmark = pytest.mark.both_servers
+
 QWEN = "qwen2.5-7b-instruct"
 SLOW = "llama-3.3-70b-instruct"
 EVENTS = {"Accept": "text/event-stream"}

@@ -48,11 +48,11 @@ def connect(address: int | str) -> socket.socket:
 
 
 @pytest.fixture(scope="module")
-def unix_gateway(shared_simulator: Simulator) -> Iterator[Gateway]:
+def unix_gateway(server: str, shared_simulator: Simulator) -> Iterator[Gateway]:
     # a Unix socket's path has to be short: pytest's folders are not
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/gateway.sock"
-        gateway = Gateway(Path(folder), shared_simulator.url, GATEWAY_HOST=f"unix:{path}")
+        gateway = Gateway(Path(folder), shared_simulator.url, server, GATEWAY_HOST=f"unix:{path}")
         yield gateway
         gateway.stop()
 
@@ -72,16 +72,25 @@ _FRONTS = {
 }
 
 
-@pytest.fixture(params=_FRONTS)
-def front(request: pytest.FixtureRequest, simulator: Simulator) -> Connect:
+@pytest.fixture
+def front(request: pytest.FixtureRequest, server: str, way: str, simulator: Simulator) -> Connect:
     """Connects to the gateway: directly, over its Unix socket, or through an nginx."""
-    fixture, attribute = _FRONTS[request.param]
+    fixture, attribute = _FRONTS[way]
     address = getattr(request.getfixturevalue(fixture), attribute)
     return lambda: connect(address)
 
 
+#: Through every front, under gunicorn; without an nginx, under gevent's own server too.
+every_front = pytest.mark.parametrize(
+    ("server", "way"),
+    [*(("gunicorn", name) for name in _FRONTS), ("gevent", "tcp"), ("gevent", "unix")],
+    indirect=["server"],
+    scope="module",
+)
+
+
 @pytest.fixture(params=["tcp", "unix"])
-def direct(request: pytest.FixtureRequest, simulator: Simulator) -> Connect:
+def direct(request: pytest.FixtureRequest, server: str, simulator: Simulator) -> Connect:
     """Connects to the gateway without an nginx."""
     fixture, attribute = _FRONTS[request.param]
     address = getattr(request.getfixturevalue(fixture), attribute)
@@ -133,6 +142,7 @@ def assert_serves(connect: Connect) -> None:
     assert b"1 2 3 " in answer
 
 
+@every_front
 @pytest.mark.parametrize("leave", LEAVING.values(), ids=LEAVING)
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 def test_a_client_that_leaves_ends_its_exchange(
@@ -152,6 +162,7 @@ def test_a_client_that_leaves_ends_its_exchange(
     assert_serves(front)
 
 
+@pytest.mark.both_servers
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 def test_a_client_that_pipelined_another_request_and_left_ends_its_exchange(
     simulator: Simulator, direct: Connect, situation: tuple[bool, dict[str, str], bytes]
@@ -168,6 +179,7 @@ def test_a_client_that_pipelined_another_request_and_left_ends_its_exchange(
     assert_serves(direct)
 
 
+@pytest.mark.both_servers
 def test_a_client_that_resets_its_connection_ends_its_exchange(
     simulator: Simulator, gateway: Gateway
 ) -> None:
@@ -180,6 +192,7 @@ def test_a_client_that_resets_its_connection_ends_its_exchange(
     assert_cancelled(simulator, left)
 
 
+@pytest.mark.both_servers
 def test_a_client_that_leaves_in_the_middle_of_its_upload_ends_its_exchange(
     simulator: Simulator, direct: Connect
 ) -> None:
@@ -195,6 +208,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload_ends_its_exchange(
     assert_serves(direct)
 
 
+@every_front
 def test_a_client_that_waits_is_left_alone(simulator: Simulator, front: Connect) -> None:
     with closing(front()) as client, closing(front()) as leaver:
         slow = {"X-Simulator-Prefill-Ms": "1500", "Connection": "close"}
@@ -206,6 +220,7 @@ def test_a_client_that_waits_is_left_alone(simulator: Simulator, front: Connect)
     assert sorted(r["outcome"] for r in simulator.requests()) == ["client_gone", "complete"]
 
 
+@pytest.mark.both_servers
 def test_a_pipelined_request_is_answered_in_its_turn(simulator: Simulator, direct: Connect) -> None:
     with closing(direct()) as client:
         client.sendall(chat(False, {"X-Simulator-Prefill-Ms": "600"}, 3))
@@ -216,6 +231,7 @@ def test_a_pipelined_request_is_answered_in_its_turn(simulator: Simulator, direc
     assert [r["outcome"] for r in simulator.requests()] == ["complete", "complete"]
 
 
+@pytest.mark.both_servers
 def test_clients_that_left_leave_no_socket_behind(
     simulator: Simulator, launch: Callable[..., Gateway]
 ) -> None:

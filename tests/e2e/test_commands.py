@@ -19,6 +19,7 @@ from tests.processes import Gateway, Simulator, eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "gateway.cli"]
+GEVENT = [*CLI, "serve", "--server", "gevent"]
 GUNICORN = [sys.executable, "-m", "gunicorn", "wsgi:app"]
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -110,8 +111,8 @@ def test_check_says_what_fails(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "cwd"),
-    [([*CLI, "serve"], None), ([*CLI, "check"], None), (GUNICORN, ROOT)],
-    ids=["serve", "check", "gunicorn"],
+    [([*CLI, "serve"], None), (GEVENT, None), ([*CLI, "check"], None), (GUNICORN, ROOT)],
+    ids=["serve", "gevent", "check", "gunicorn"],
 )
 def test_bad_settings_are_one_line_each_and_status_1(
     start: Start, command: list[str], cwd: Path | None
@@ -152,8 +153,11 @@ def test_a_state_that_cannot_be_opened_is_told_without_a_traceback(
     assert "Traceback" not in err
 
 
-def test_a_taken_port_is_told_without_a_traceback(start: Start, simulator: Simulator) -> None:
-    status, _, err = finish(start([*CLI, "serve"], GATEWAY_PORT=simulator.port))
+@pytest.mark.parametrize("command", [[*CLI, "serve"], GEVENT], ids=["gunicorn", "gevent"])
+def test_a_taken_port_is_told_without_a_traceback(
+    start: Start, simulator: Simulator, command: list[str]
+) -> None:
+    status, _, err = finish(start(command, GATEWAY_PORT=simulator.port))
     assert status != 0
     assert str(simulator.port) in err
     assert "Traceback" not in err
@@ -172,6 +176,21 @@ def test_gunicorn_serves_the_checkout(start: Start, simulator: Simulator) -> Non
     assert "Traceback" not in err
 
 
+def test_an_empty_number_of_workers_is_none(start: Start, simulator: Simulator) -> None:
+    """As Docker's env_file makes it of .env.example."""
+    port = free_port()
+    gateway = start(
+        [*CLI, "serve"],
+        GATEWAY_PORT=port,
+        LMSTUDIO_BASE_URL=simulator.url,
+        WEB_CONCURRENCY="",
+    )
+    eventually(lambda: answers(f"http://127.0.0.1:{port}/health"), 30)
+    gateway.terminate()
+    assert finish(gateway)[0] == 0
+
+
+@pytest.mark.both_servers
 def test_a_gateway_that_is_stopped_while_it_boots_ends_soon(launch: Callable[..., Gateway]) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
     gateway.process.terminate()

@@ -191,6 +191,7 @@ def test_a_real_event_source_client_reads_it(crowd: Crowd) -> None:
     assert [json.loads(event.data) for event in behind] == [frame.data for frame in expected]
 
 
+@pytest.mark.both_servers
 def test_readers_that_left_take_no_places(launch: Launch) -> None:
     """100 is the limit of a worker; who comes and goes on an idle gateway never reaches it."""
     gateway = launch(WEB_CONCURRENCY=1)
@@ -223,6 +224,7 @@ def test_a_reader_resumes_across_a_restart_of_the_gateway(
     assert not second.of("gap")
 
 
+@pytest.mark.both_servers
 def test_streams_end_at_sigterm_before_the_exchanges_do(
     launch: Launch, listen: Listen, state_url: str
 ) -> None:
@@ -238,6 +240,7 @@ def test_streams_end_at_sigterm_before_the_exchanges_do(
     gateway.process.wait(20)
 
 
+@pytest.mark.both_servers
 def test_a_reader_that_keeps_its_connection_open_does_not_delay_the_end(
     launch: Launch, listen: Listen
 ) -> None:
@@ -250,6 +253,7 @@ def test_a_reader_that_keeps_its_connection_open_does_not_delay_the_end(
     assert gateway.process.wait(20) == 0
 
 
+@pytest.mark.both_servers
 def test_an_exchange_that_ends_in_time_does_not_delay_the_end(launch: Launch) -> None:
     gateway = launch()
     slow = ask_slowly(gateway)

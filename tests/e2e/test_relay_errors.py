@@ -9,6 +9,8 @@ import pytest
 
 from tests.processes import Gateway, Simulator
 
+pytestmark = pytest.mark.both_servers
+
 CRASH = "The model has crashed without additional information. (Exit code: 6)"
 
 

@@ -20,6 +20,8 @@ import pytest
 
 from tests.processes import Gateway, Simulator
 
+pytestmark = pytest.mark.both_servers
+
 MODEL = "qwen2-1.5b-instruct"
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 COMMENT = b": keep-alive\n\n"
@@ -115,11 +117,15 @@ def watch(gateway: Gateway, name: str, path: str, simulate: dict[str, str]) -> S
 
 @pytest.fixture(scope="module")
 def seen(
-    shared_gateway: Gateway, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+    server: str,
+    shared_gateway: Gateway,
+    shared_simulator: Simulator,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Seen]:
+    shared_simulator.reset()
     half = HalfEvent()
     folder = tmp_path_factory.mktemp("half")
-    other = Gateway(folder, half.url, WEB_CONCURRENCY=1)
+    other = Gateway(folder, half.url, server, WEB_CONCURRENCY=1)
     with ThreadPoolExecutor(len(CASES) + 1) as pool:
         futures = {
             name: pool.submit(watch, shared_gateway, name, *case) for name, case in CASES.items()

@@ -14,6 +14,14 @@ import pytest
 
 from tests.processes import Gateway, Simulator
 
+#: Where the clients go, and what the gateway runs under.
+pytestmark = pytest.mark.parametrize(
+    ("server", "way"),
+    [("gunicorn", "direct"), ("gunicorn", "nginx"), ("gevent", "direct")],
+    indirect=["server"],
+    scope="module",
+)
+
 LLM = "qwen2-1.5b-instruct"
 EMBEDDING = "text-embedding-nomic-embed-text-v1.5"
 TEXT = "1 2 3 4 5 6 7 "
@@ -107,10 +115,10 @@ class _Copied(httpx2.SyncByteStream):
         self._inner.close()
 
 
-@pytest.fixture(params=["direct", "nginx"])
-def url(request: pytest.FixtureRequest, gateway: Gateway) -> str:
+@pytest.fixture
+def url(request: pytest.FixtureRequest, way: str, gateway: Gateway) -> str:
     """Where the clients go: the gateway itself, or the nginx in front of it."""
-    if request.param == "nginx":
+    if way == "nginx":
         return str(request.getfixturevalue("shared_nginx").url)
     return gateway.url
 

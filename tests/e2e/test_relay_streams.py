@@ -14,6 +14,8 @@ import pytest
 
 from tests.processes import Gateway, Simulator
 
+pytestmark = pytest.mark.both_servers
+
 MODEL = "qwen2-1.5b-instruct"
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 COMMENT = b": keep-alive\n\n"
@@ -174,12 +176,13 @@ def test_a_broken_stream_looks_broken(gateway: Gateway, path: str) -> None:
 
 @pytest.fixture(scope="module")
 def impatient(
-    shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+    server: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
     """A gateway with short timeouts."""
     gateway = Gateway(
         tmp_path_factory.mktemp("impatient"),
         shared_simulator.url,
+        server,
         PROXY_TIMEOUT=1000,
         PROXY_STREAM_TIMEOUT=1000,
         WEB_CONCURRENCY=1,

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import START_TIMEOUT, Gateway, eventually
+from tests.processes import Gateway, eventually
 
 MODEL = "qwen2-1.5b-instruct"
 CHAT = "/v1/chat/completions"
@@ -62,18 +62,10 @@ class Patched(Gateway):
         self, folder: Path, lmstudio: str, before: str = "", inside: str = "pass", **settings: Any
     ) -> None:
         self.script = _SCRIPT.format(before=before, inside=f"    {inside}")
-        super().__init__(folder, lmstudio, **settings)
+        super().__init__(folder, lmstudio, PYTHONPATH=Path(__file__).parents[2], **settings)
 
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", self.script],
-                env={**self.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-                cwd=self.folder,
-                stderr=log,
-                start_new_session=True,
-            )
-        eventually(self._is_up, START_TIMEOUT)
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", self.script]
 
 
 def chat(count: int, stream: bool, **more: Any) -> bytes:

@@ -319,7 +319,7 @@ def test_socket_faults_do_what_they_say(simulator: Running) -> None:
     simulator.faults(refuse_websockets=True)
     with Client(simulator.host) as client, pytest.raises(lmstudio.LMStudioWebsocketError):
         client.llm.list_loaded()
-    simulator.faults(refuse_websockets=False, unknown_model_type=True, slow_rpc_ms=10)
+    simulator.faults(refuse_websockets=False, unknown_model_type=True, load_ms=100)
     with Client(simulator.host) as client:
         downloaded = client.system.remote_call("listDownloadedModels")
         assert {"reranker"} < {model["type"] for model in downloaded}

@@ -11,7 +11,7 @@ from pathlib import Path
 import gevent
 import pytest
 
-from gateway.store import Active, SqliteStore, StoreError, open_store
+from gateway.store import Active, Batch, SqliteStore, StoreError, open_store
 
 DEFAULTS = {"temperature": 0.5, "stopStrings": ["a", "ü"], "stream": True, "topK": 10**9}
 ACTIVE = Active("key", "instance", "llm", DEFAULTS)
@@ -144,6 +144,23 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(StoreError) as caught:
             open_store(f"sqlite:///{folder}/state.db", "")
         assert str(folder) in caught.value.message
+
+
+def test_no_process_is_asked_for_a_sign_of_life_on_windows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``os.kill(pid, 0)`` ends the process there."""
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("os.kill", lambda *_: pytest.fail("killed"))
+    first = SqliteStore(path)
+    first.append(Batch([("inference_start", b"{}")], {"a": b'{"name": "own"}'}))
+    assert first.in_flight() == [{"name": "own"}]
+    monkeypatch.setattr("gateway.store._BORN", 1)
+    second = SqliteStore(path)  # a later process with the same number
+    assert second.in_flight() == []
+    assert second.take_lost() == [{"name": "own"}]
+    first.close()
+    second.close()
 
 
 def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every case of the corpus against a real gateway of two workers, directly and behind nginx."""
+"""Every case of the corpus against real gateways: directly under both servers, and behind nginx."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ SETTINGS = {
     "proxied": {**ALLOWED, "TRUSTED_PROXIES": "127.0.0.0/8"},
 }
 CASES = corpus.load()
-WAYS = ("direct", "nginx")
+#: What the gateway runs under, and how clients come to it.
+WAYS = [("gunicorn", "direct"), ("gunicorn", "nginx"), ("gevent", "direct")]
 
 
 class Place:
     """A gateway, the nginx in front of it, and the workers that it began with."""
 
-    def __init__(self, folder: Path, lmstudio: str, **settings: object) -> None:
-        self.gateway = Gateway(folder, lmstudio, **COMMON, **settings)
+    def __init__(self, folder: Path, lmstudio: str, server: str, **settings: object) -> None:
+        self.gateway = Gateway(folder, lmstudio, server, **COMMON, **settings)
         self.nginx = Nginx(folder / "nginx", self.gateway.url)
         self.workers = self.gateway.workers()
 
@@ -48,12 +49,12 @@ class Place:
 
 @pytest.fixture(scope="module")
 def places(
-    shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+    server: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Place]]:
     root = tmp_path_factory.mktemp("wire")
     with ThreadPoolExecutor(len(SETTINGS)) as pool:
         made = {
-            name: pool.submit(Place, root / name, shared_simulator.url, **settings)
+            name: pool.submit(Place, root / name, shared_simulator.url, server, **settings)
             for name, settings in SETTINGS.items()
         }
     found = {name: future.result() for name, future in made.items()}
@@ -106,7 +107,7 @@ def lives(place: Place) -> bool:
     return place.gateway.workers() == place.workers
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("server", "way"), WAYS, indirect=["server"], scope="module")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_wire(case: Case, way: str, places: dict[str, Place], simulator: Simulator) -> None:
     place = places[case.gateway]
@@ -132,6 +133,7 @@ def test_the_wire(case: Case, way: str, places: dict[str, Place], simulator: Sim
     assert lives(place), "a worker was restarted"
 
 
+@pytest.mark.both_servers
 def test_every_refusal_is_a_json_error_and_no_html_page(places: dict[str, Place]) -> None:
     pages, other = [], []
     for case in CASES:
@@ -152,6 +154,7 @@ def test_every_refusal_is_a_json_error_and_no_html_page(places: dict[str, Place]
     assert (pages, other) == ([], [])
 
 
+@pytest.mark.both_servers
 def test_no_case_leaves_a_traceback_or_a_key_in_the_log(places: dict[str, Place]) -> None:
     for name, place in places.items():
         log = place.gateway.logged()
@@ -160,6 +163,7 @@ def test_no_case_leaves_a_traceback_or_a_key_in_the_log(places: dict[str, Place]
         assert ADMIN_KEY not in log, name
 
 
+@pytest.mark.both_servers
 def test_no_worker_died_of_the_corpus(places: dict[str, Place]) -> None:
     for place in places.values():
         eventually(lambda place=place: lives(place))
