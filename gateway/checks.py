@@ -17,7 +17,7 @@ from gateway.upstream import Upstream
 def run(settings: Settings) -> int:
     """Check one part after the other, a line for each; 0 when all is well, else 1."""
     parts: list[tuple[str, Callable[[], str]]] = [
-        ("settings", lambda: "valid"),
+        ("settings", _settings),
         ("state", lambda: _state(settings)),
         ("LM Studio HTTP", lambda: _http(settings)),
         ("LM Studio SDK", lambda: _sdk(settings)),
@@ -32,6 +32,11 @@ def run(settings: Settings) -> int:
     return 1 if failed else 0
 
 
+def _settings() -> str:
+    file = Path(".env").absolute()
+    return f"valid, with {file}" if file.exists() else f"valid (there is no {file})"
+
+
 def _state(settings: Settings) -> str:
     instance = Flask("gateway", static_folder=None).instance_path
     open_store(settings.state_url, instance).close()
@@ -39,8 +44,12 @@ def _state(settings: Settings) -> str:
 
 
 def _http(settings: Settings) -> str:
-    Upstream(settings).greet(5)
-    return settings.lmstudio_base_url
+    url = settings.lmstudio_base_url
+    try:
+        Upstream(settings).greet(5)
+    except GatewayError as error:
+        raise GatewayError(f"{url}: {error.message}") from None
+    return url
 
 
 def _sdk(settings: Settings) -> str:

@@ -13,7 +13,12 @@ from gateway import __version__, commands
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lmstudio-gateway")
 def main() -> None:
-    """A gateway in front of LM Studio."""
+    """A gateway in front of LM Studio.
+
+    "demo" shows it without LM Studio. "check" and "serve" take their settings from the environment
+    and from .env in the current directory (README.rst lists them). The others ask a gateway that
+    runs.
+    """
 
 
 @main.command()
@@ -38,7 +43,10 @@ def serve(kind: str) -> None:
 
 @main.command()
 def check() -> None:
-    """Validate the settings and the connection to LM Studio; exit status 0 or 1."""
+    """Check the settings and the way to LM Studio.
+
+    Exit status 0 when all is well, else 1.
+    """
     from gevent import monkey
 
     monkey.patch_all()
@@ -55,19 +63,28 @@ def check() -> None:
 @click.option("--tls-cert", help="PEM certificate; serves https and wss.")
 @click.option("--tls-key", help="PEM key of that certificate.")
 def simulate(**options: Any) -> None:
-    """Run the LM Studio simulator: a stand-in for trying and testing, not a model."""
+    """Run a stand-in for LM Studio, without a model.
+
+    It listens where LM Studio does, so that a gateway finds it there, for trying and testing.
+    """
     from gevent import monkey
 
     monkey.patch_all()
     from gateway.simulator.server import serve
 
-    serve(**options)
+    try:
+        serve(**options)
+    except OSError as fault:  # the port is taken, by LM Studio perhaps, or no such certificate
+        raise click.ClickException(f"The simulator can't start: {fault}") from None
 
 
 @main.command()
 @click.option("--once", is_flag=True, help="End after the tour instead of running until Ctrl-C.")
 def demo(once: bool) -> None:
-    """Show the gateway at work in front of the simulator: list, load, chat."""
+    """Show it all at work, without LM Studio.
+
+    Starts the simulator and a gateway in front of it, lists models, loads one and chats.
+    """
     from gateway import demo as tour
 
     sys.exit(tour.run(once=once))

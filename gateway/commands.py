@@ -157,7 +157,7 @@ def unload(gateway: Remote, as_json: bool, name: str) -> None:
 @click.option("--instance", metavar="ID", help="Which of its loaded instances.")
 @_default_inference
 def activate(gateway: Remote, as_json: bool, model: str, **options: Any) -> None:
-    """Choose the model that answers where a request names none."""
+    """Choose the model for requests that name none."""
     raw = gateway.post("/admin/models/activate", _body(model, **options))
     _answer(raw, as_json, "Activated: {message}.")
 
@@ -300,7 +300,7 @@ def events(gateway: Remote, as_json: bool, types: str) -> None:
 @click.command()
 @_remote
 def status(gateway: Remote, as_json: bool) -> None:
-    """Tell whether all is well, what is active and what runs now."""
+    """Tell whether all is well, and what runs now."""
     from gateway import terminal
 
     raw = gateway.get("/debug/status")
@@ -333,7 +333,7 @@ def status(gateway: Remote, as_json: bool) -> None:
     help="From one look to the next; rates are over it.",
 )
 def top(gateway: Remote, as_json: bool, once: bool, interval: float) -> None:
-    """Watch the requests in flight, rates and the active model, until Ctrl-C.
+    """Watch requests and rates live, until Ctrl-C.
 
     With --json, the JSON of "status" at every interval.
     """

@@ -157,7 +157,10 @@ class Remote:
         cause = _cause(error)
         if "CERTIFICATE_VERIFY_FAILED" in cause:
             cause += " (REQUESTS_CA_BUNDLE names the file of a private CA)"
-        return NotReachable(f"The gateway at {self.url} can't be reached: {cause}.")
+        words = f"The gateway at {self.url} can't be reached: {cause}."
+        if "refused" in cause:
+            words += " Is it running, and there (GATEWAY_URL or --url)?"
+        return NotReachable(words)
 
 
 def read_events(lines: Iterable[bytes]) -> Iterator[Event]:

@@ -88,6 +88,7 @@ def test_check_says_that_all_is_well(start: Start, simulator: Simulator) -> None
         "ok    LM Studio HTTP",
         "ok    LM Studio SDK",
     ]
+    assert lines[0].startswith("ok    settings: valid (there is no /")
     assert "7 models" in lines[-1]
 
 
@@ -102,6 +103,7 @@ def test_check_says_what_fails(start: Start, tmp_path: Path) -> None:
     assert status == 1
     lines = out.splitlines()
     assert [line[:5].strip() for line in lines] == ["ok", "FAIL", "FAIL", "FAIL"]
+    assert nowhere["LMSTUDIO_BASE_URL"] in lines[-2]
     assert "after 3 attempts" in lines[-1]
     assert "Traceback" not in err
 
@@ -206,6 +208,16 @@ def test_simulate_says_where_it_listens(start: Start) -> None:
     assert requests.get(f"{url}/lmstudio-greeting", timeout=10).json() == {"lmstudio": True}
     simulator.terminate()
     assert finish(simulator)[0] == 0
+
+
+def test_simulate_on_a_port_that_is_taken_is_told_in_words(
+    start: Start, simulator: Simulator
+) -> None:
+    status, out, err = finish(start([*CLI, "simulate", "--port", str(simulator.port)]))
+    assert (status, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("Error: The simulator can't start: ")
+    assert "already in use" in line
 
 
 # The demo
