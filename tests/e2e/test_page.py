@@ -11,69 +11,28 @@ from typing import Any
 import pytest
 import requests
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from tests.nginx import require
+from tests.browser import PATIENCE, Window, chromium
 from tests.processes import Gateway, Simulator, eventually, free_port
 
 KEY, ADMIN, WRONG = "inference-key-0123456789", "admin-key-0123456789abc", "wrong-key-0123456789abc"
 MODEL, BIG = "qwen2-1.5b-instruct", "llama-3.3-70b-instruct"
 CHAT = "/v1/chat/completions"
-PATIENCE = 40.0
-SWITCHES = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", "--lang=en"]  # fmt: skip
-#: The visible text of every element of a selector.
-TEXTS = """
-return [...document.querySelectorAll(arguments[0])]
-    .filter((one) => one.checkVisibility()).map((one) => one.innerText)
-"""
 
 
-class Page:
+class Page(Window):
     """The browser, and one gateway's page in it."""
 
     def __init__(self, driver: webdriver.Chrome, gateway: Gateway) -> None:
-        self.driver = driver
+        super().__init__(driver, gateway.url)
         self.gateway = gateway
-
-    def open(self, key: str = "") -> None:
-        self.driver.get(f"{self.gateway.url}/debug/")
-        if key:
-            self.enter_key(key)
 
     def open_live(self, key: str = ADMIN) -> None:
         self.open(key)
         self.see("#connection", "Live")
-
-    def enter_key(self, key: str) -> None:
-        """With the keyboard alone: the field has the focus."""
-        field = eventually(lambda: self.focused("key"), PATIENCE)
-        field.send_keys(key, Keys.ENTER)
-
-    def focused(self, name: str) -> Any:
-        element = self.driver.switch_to.active_element
-        return element if element.get_attribute("id") == name else None
-
-    def texts(self, selector: str) -> list[str]:
-        """The visible text of each such element that can be seen."""
-        found: list[str] = self.driver.execute_script(TEXTS, selector)
-        return found
-
-    def see(self, selector: str, *words: str) -> str:
-        """Wait until such an element shows all these words; its text."""
-
-        def shown() -> str | None:
-            texts = self.texts(selector)
-            return next((one for one in texts if all(word in one for word in words)), None)
-
-        try:
-            return str(eventually(shown, PATIENCE))
-        except AssertionError:
-            raise AssertionError(f"{words} not in {selector}: {self.texts(selector)}") from None
 
     def gone(self, selector: str, words: str) -> None:
         """Wait until no such element shows these words any more."""
@@ -104,12 +63,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = require("chromium")
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options, Service(require("chromedriver")))
+    chrome = chromium(tmp_path_factory.mktemp("chromium"))
     yield chrome
     chrome.quit()
 
