@@ -39,7 +39,11 @@ def _settings() -> str:
 
 def _state(settings: Settings) -> str:
     instance = Flask("gateway", static_folder=None).instance_path
-    open_store(settings.state_url, instance).close()
+    store = open_store(settings.state_url, instance)
+    try:
+        store.ping()  # a Redis is not asked when it is opened
+    finally:
+        store.close()
     return "opened" if settings.state_url else f"opened in {Path(instance)}"
 
 

@@ -284,7 +284,8 @@ class RedisStore:
         try:
             return work()
         except redis.RedisError as error:
-            raise StoreError(f"The shared state in Redis can't be used: {error}.") from None
+            fault = str(error).rstrip(".")
+            raise StoreError(f"The shared state in Redis can't be used: {fault}.") from None
 
 
 def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> StoredEvent:

@@ -108,6 +108,14 @@ def test_check_says_what_fails(start: Start, tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+def test_check_asks_the_redis_too(start: Start, simulator: Simulator) -> None:
+    away = {"STATE_URL": f"redis://:hunter2@127.0.0.1:{free_port()}"}
+    status, out, err = finish(start([*CLI, "check"], LMSTUDIO_BASE_URL=simulator.url, **away))
+    assert (status, err) == (1, "")
+    assert [line[:5].strip() for line in out.splitlines()] == ["ok", "FAIL", "ok", "ok"]
+    assert "hunter2" not in out
+
+
 # Bad settings
 
 

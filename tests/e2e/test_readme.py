@@ -35,8 +35,6 @@ NOT_RUN = {
     "pip install . && ": "tests/newcomer runs it, which takes a minute",
     "pip install '.[test]' && pytest": "it is what runs this; .ci/run begins with it",
 }
-#: Languages of what is no command and no program; Deployment's files have tests of their own.
-NOT_PROGRAMS = {"text", "nginx", "systemd", "dockerfile"}
 #: What runs until it is stopped, and the words that show that it works.
 ENDLESS = {
     "lmstudio-gateway simulate": "listening on",
@@ -173,8 +171,8 @@ def run_until(said: str, command: list[str], environ: dict[str, str], folder: Pa
 
 
 def test_every_block_is_marked_and_is_run_or_listed() -> None:
-    known = {"bash", "python", "javascript", "ini", "yaml"} | NOT_PROGRAMS
-    assert {block.language for block in BLOCKS} <= known
+    tested = {"bash", "python", "javascript", "ini", "yaml"}
+    assert {block.language for block in BLOCKS} == tested
     # an indented example must be a code block: "::" alone would hide it from these tests
     text = (ROOT / "README.rst").read_text()
     assert not re.search(r"^(?! *\.\. ).*::$", text, re.MULTILINE)
