@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import threading
@@ -235,9 +234,7 @@ def test_streams_end_at_sigterm_before_the_exchanges_do(
     eventually(lambda: all(reader.ended() for reader in readers), 20)
     # the exchange was not cut: it comes to its own end after the readers' end
     assert b"[DONE]" in slow.content
-    # its way down is the next tests' matter
-    os.killpg(gateway.process.pid, signal.SIGKILL)
-    gateway.process.wait(20)
+    gateway.process.wait(40)
 
 
 @pytest.mark.both_servers

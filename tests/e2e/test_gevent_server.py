@@ -26,6 +26,7 @@ import _socket, asyncio, platform, select, signal, socket, subprocess, sys
 platform.platform()  # runs a program, which only Linux does
 for module in ("grp", "gunicorn", "gunicorn.app.base", "pwd", "resource", "termios"):
     sys.modules[module] = None
+sys.modules["trio"] = None  # selenium's; httpcore would import it, which runs a program on Linux
 for module, names in {
     select: ["poll", "epoll", "POLLHUP", "POLLERR", "POLLRDHUP", "POLLIN", "POLLOUT"],
     signal: ["SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGALRM"],
