@@ -18,7 +18,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
-from gateway.events import EventBus, timestamp
+from gateway.events import EventBus, Moment, timestamp
 from gateway.metrics import Metrics
 from gateway.record import Record, milliseconds
 
@@ -39,6 +39,8 @@ class Accounts:
         self._log = log
         self._worker = secrets.token_hex(6)
         self._numbers = itertools.count(1)
+        #: Streams in flight, with when they began and how many chunks were told of.
+        self._streams: dict[str, tuple[Record, Moment, int]] = {}
 
     def begin(self, record: Record) -> None:
         """An exchange was accepted and goes to LM Studio now."""
@@ -46,9 +48,20 @@ class Accounts:
         # a client may send the same request id twice
         record.operation = f"{self._worker}-{next(self._numbers)}"
         self._metrics.begin()
-        self._events.publish("inference_start", record.start_event(), record.operation)
+        began = self._events.publish("inference_start", record.start_event(), record.operation)
+        if record.stream:
+            self._streams[record.operation] = (record, began, 0)
+
+    def tell_progress(self) -> None:
+        """Show how far the streams in flight have come; to be called every so often."""
+        for operation, (record, began, told) in self._streams.items():
+            if record.chunks != told:
+                self._streams[operation] = (record, began, record.chunks)
+                data = {**record.start_event(), "chunks": record.chunks}
+                self._events.show(data, began, operation)
 
     def _end(self, record: Record) -> None:
+        self._streams.pop(record.operation, None)
         self._metrics.end(record)
         if record.error is not None and not record.cancelled:
             told = {

@@ -46,6 +46,7 @@ class Gateway:
     events: EventBus
     metrics: Metrics
     log: AccessLog
+    accounts: Accounts
     proxy: proxy.Proxy
     front: front.Front
     #: When this worker started (time.monotonic()).
@@ -72,6 +73,7 @@ class Gateway:
         while True:
             gevent.sleep(HOUSE_SECONDS)
             self.upstream.adapter.close_old()
+            self.accounts.tell_progress()
             with suppress(GatewayError):
                 self.store.share_counters(debug.own_counters(self))
 
@@ -104,7 +106,8 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
     bus = EventBus(store, counted.dropped)
     log = AccessLog(configured.log_level, configured.log_format)
     models = Models(get_link(configured), store)
-    relay = proxy.Proxy(configured, access, store, upstream, Accounts(bus, counted, log))
+    accounts = Accounts(bus, counted, log)
+    relay = proxy.Proxy(configured, access, store, upstream, accounts)
     ways = front.Front(access, counted, log, configured.max_body_bytes)
     return Gateway(
         settings=configured,
@@ -114,6 +117,7 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
         events=bus,
         metrics=counted,
         log=log,
+        accounts=accounts,
         proxy=relay,
         front=ways,
         started=time.monotonic(),

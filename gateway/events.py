@@ -57,8 +57,10 @@ TYPES = (
     "gap",
 )
 
-#: Events that begin and end what /debug/status shows as running.
-_BEGINS = {"inference_start", "model_load_start"}
+#: Events that begin and end what /debug/status shows as running
+#: (the empty one stands for news about an exchange in flight).
+_PROGRESS = ""
+_BEGINS = {"inference_start", "model_load_start", _PROGRESS}
 _ENDS = {"inference_complete", "model_load_complete", "error"}
 
 logger = logging.getLogger(__name__)
@@ -104,17 +106,29 @@ class EventBus:
         self.trouble = ""
         self._stuck = 0
 
-    def publish(self, event: str, data: dict[str, Any], operation: str = "") -> None:
-        """Tell an event. ``operation`` names what begins or ends with it (a request's id, say)."""
+    def publish(self, event: str, data: dict[str, Any], operation: str = "") -> Moment:
+        """Tell an event. ``operation`` names what begins or ends with it (a request's id, say).
+
+        Returns when it happened.
+        """
+        moment = Moment.now()
         waiting = self._waiting
         if len(waiting) >= MAX_WAITING:
             kind, _, _, ended = waiting.popleft()
             if ended and kind in _ENDS:
                 self._ended_untold.add(ended)
-            self._dropped += 1
-            self._on_drop(1)
-        waiting.append((event, data, Moment.now(), operation))
+            if kind != _PROGRESS:
+                self._dropped += 1
+                self._on_drop(1)
+        waiting.append((event, data, moment, operation))
         if not self._arrived.is_set():
+            self._arrived.set()
+        return moment
+
+    def show(self, data: dict[str, Any], began: Moment, operation: str) -> None:
+        """Show more about an exchange in flight; no event."""
+        if len(self._waiting) < MAX_WAITING // 2:
+            self._waiting.append((_PROGRESS, data, began, operation))
             self._arrived.set()
 
     def start(self) -> None:
@@ -419,9 +433,11 @@ _MACHINE = _machine()
 
 
 def _batch(event: str, data: dict[str, Any], moment: Moment, operation: str) -> Batch:
-    batch = Batch(events=[(event, dumps({"timestamp": timestamp(moment.wall), **data}))])
+    batch = Batch()
+    if event != _PROGRESS:
+        batch.events.append((event, dumps({"timestamp": timestamp(moment.wall), **data})))
     if operation and event in _BEGINS:
-        kind = "inference" if event == "inference_start" else "model_load"
+        kind = "model_load" if event == "model_load_start" else "inference"
         clocks = dict(zip(CLOCKS, (*moment, _MACHINE), strict=True))
         running = {"operation": kind, **clocks, **data}
         batch.begun[operation] = dumps(running)

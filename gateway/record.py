@@ -31,6 +31,8 @@ class Record:
     ended: float = 0.0
     status: int = 0
     sent_bytes: int = 0
+    #: Events of a stream that were sent; models stream about a token in each.
+    chunks: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     cancelled: bool = False
@@ -49,6 +51,8 @@ class Record:
         if self.first_byte is None and piece:
             self.first_byte = time.monotonic()
         self.sent_bytes += len(piece)
+        if self.stream:
+            self.chunks += piece.count(b"data:")
 
     def fail(self, why: str) -> None:
         """The exchange did not end as it should; ``why`` is told to operators."""

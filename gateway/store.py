@@ -258,7 +258,8 @@ class SqliteStore:
                 [(kind, data, now) for kind, data in batch.events],
             )
             log.executemany(
-                "INSERT OR REPLACE INTO in_flight (id, pid, birth, data) VALUES (?, ?, ?, ?)",
+                "INSERT INTO in_flight (id, pid, birth, data) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET data = excluded.data",
                 [(key, self._pid, self._birth, data) for key, data in batch.begun.items()],
             )
             log.executemany("DELETE FROM in_flight WHERE id = ?", [(key,) for key in batch.ended])

@@ -113,12 +113,20 @@ def activity(
     status: dict[str, Any], requests: float, tokens: float, tokens_each: float | None
 ) -> Group:
     """``GET /debug/status`` with rates per second, and the average tokens/s of an answer."""
-    running = table("REQUEST", "CLIENT", "WHAT", "MODEL", "ELAPSED")
+    running = table("REQUEST", "CLIENT", "WHAT", "MODEL", "ELAPSED", "TOKENS")
     for one in status["inFlight"]:
         what = one.get("path") or one["operation"]
         model = one.get("model") or one.get("modelKey")
         elapsed = f"{one['elapsedMs'] / 1000:.1f} s"
-        row(running, one.get("requestId"), one.get("client"), what, model, elapsed)
+        row(
+            running,
+            one.get("requestId"),
+            one.get("client"),
+            what,
+            model,
+            elapsed,
+            one.get("chunks"),
+        )
     recent = table("ENDED", "STATUS", "TIME", "FIRST BYTE", "TOKENS", "TOKENS/S")
     for one in status["recentRequests"]:
         ended = "left" if one["cancelled"] else one["status"]

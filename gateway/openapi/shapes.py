@@ -123,6 +123,7 @@ SHAPES: dict[str, Json] = {
             "model": "string",
             "stream": "boolean",
             "client": "string",
+            "chunks": "integer",
             "modelKey": "string",
             "instanceId": "string?",
             "loadConfig": "LoadConfig",

@@ -124,6 +124,22 @@ def test_what_runs_in_any_worker_is_told_by_every_worker(
     assert seen(observed)["inFlight"] == []
 
 
+def test_a_stream_in_flight_shows_how_far_it_has_come(
+    observed: Gateway, streams: Callable[..., list[Stream]]
+) -> None:
+    first, _ = streams(observed, "older", "younger")
+
+    def chunks() -> list[int]:
+        return [one.get("chunks", 0) for one in seen(observed)["inFlight"]]
+
+    eventually(lambda: len(chunks()) == 2 and min(chunks()) > 0, 20)
+    before = chunks()
+    eventually(lambda: chunks()[0] > before[0], 20)
+    assert [one["requestId"] for one in seen(observed)["inFlight"]] == ["older", "younger"]
+    first.close()
+    eventually(lambda: len(chunks()) == 1, 20)
+
+
 def test_two_exchanges_of_one_request_id_are_two(
     observed: Gateway, streams: Callable[..., list[Stream]]
 ) -> None:

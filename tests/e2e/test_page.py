@@ -329,6 +329,7 @@ def test_a_stream_is_in_flight_and_then_in_the_log(page: Page) -> None:
         assert "stream" in shown
         assert "app" in shown  # the key's name
         page.see("#running > li", "endless", " s")
+        page.see("#running > li", "endless", "≈ ", " tokens")
     page.see("#log-rows li", "inference_complete", "499 client left", MODEL)
     page.gone("#running > li", "endless")
     with chat(page.gateway, "short", 12) as answer:
