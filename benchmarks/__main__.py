@@ -47,46 +47,49 @@ class Run:
             for target in self._all_rounds():
                 one = measures.requests(target, self.stand.folder, connections, self.seconds)
                 found[target.name].append(one)
-            print(f"\nplain requests, {connections} connections")
-            _row("", "requests/s", "gateway's ratio", "CPU ms", "median ms", "p99 ms")
-            for name, rows in found.items():
-                rates = [row.per_second for row in rows]
-                own = [row.per_second for row in found["gateway"]]
-                _row(
-                    name,
-                    f"{median(rates):.0f}",
-                    _ratio(own, rates),
-                    f"{median([row.cpu_ms for row in rows]):.3f}",
-                    f"{median([row.median_ms for row in rows]):.2f}",
-                    f"{median([row.p99_ms for row in rows]):.2f}",
-                )
+            own = [one.per_second for one in found["gateway"]]
+            _table(
+                f"Plain requests, {connections} connections",
+                ("\\", "requests/s", "gateway's ratio", "CPU ms", "median ms", "p99 ms"),
+                *((name, *self._requests_row(own, rounds)) for name, rounds in found.items()),
+            )
+
+    def _requests_row(self, own: list[float], found: list[Requests]) -> tuple[str, ...]:
+        rates = [one.per_second for one in found]
+        return (
+            f"{median(rates):.0f}",
+            _ratio(own, rates),
+            f"{median([one.cpu_ms for one in found]):.3f}",
+            f"{median([one.median_ms for one in found]):.2f}",
+            f"{median([one.p99_ms for one in found]):.2f}",
+        )
 
     def streams(self) -> None:
         for streams in CONNECTIONS:
             found: dict[str, list[float]] = {target.name: [] for target in self.targets}
             for target in self._all_rounds():
                 found[target.name].append(measures.fast_events(target, streams, self.seconds))
-            print(f"\nevents as fast as they can, {streams} streams")
-            _row("", "events/s", "gateway's ratio")
-            for name, rates in found.items():
-                _row(name, f"{median(rates):.0f}", _ratio(found["gateway"], rates))
+            own = found["gateway"]
+            rows = [(name, f"{median(one):.0f}", _ratio(own, one)) for name, one in found.items()]
+            title = f"Events as fast as they can, {streams} streams"
+            _table(title, ("\\", "events/s", "gateway's ratio"), *rows)
 
     def first_byte(self) -> None:
         found: dict[str, list[float]] = {target.name: [] for target in self.targets}
         for target in self._all_rounds():
             found[target.name] += measures.first_bytes_ms(target, 50)
         direct = sorted(found["upstream"])
-        print("\nfirst byte of a stream, added to the upstream's own")
-        _row("", "median ms", "p99 ms")
+        rows = []
         for name, times in found.items():
             ordered = sorted(times)
             added = [ordered[int(q * (len(ordered) - 1))] - direct[int(q * (len(direct) - 1))]
                      for q in (0.5, 0.99)]  # fmt: skip
-            _row(name, *(f"{one:.2f}" for one in added))
+            rows.append((name, *(f"{one:.2f}" for one in added)))
+        title = "First byte of a stream, added to the upstream's own"
+        _table(title, ("\\", "median ms", "p99 ms"), *rows)
 
     def leaving(self) -> None:
-        print("\na client's leaving reaches the upstream")
-        _row("", "mid-stream ms", "in prefill ms")
+        rows = []
         for target in self.targets:
             told = []
             for prefill in (False, True):
@@ -94,13 +97,13 @@ class Run:
                 reached = [time for time in times if time != float("inf")]
                 middle = f"{median(reached):.1f}" if reached else "never"
                 told.append(f"{middle} ({len(reached)} of {len(times)})")
-            _row(target.name, *told)
+            rows.append((target.name, *told))
+        title = "A client's leaving reaches the upstream"
+        _table(title, ("\\", "mid-stream ms", "in prefill ms"), *rows)
 
     def memory(self) -> None:
-        print("\nmemory of all processes (PSS), MiB")
-        for target in self.targets:
-            if target.process is not None:
-                _row(target.name, f"{target.process.pss_mib():.0f}")
+        rows = [(one.name, f"{one.process.pss_mib():.0f}") for one in self.targets if one.process]
+        _table("Memory of all processes (PSS)", ("\\", "MiB"), *rows)
 
     def growth(self) -> None:
         sizes = (1_000, 10_000, 100_000, 1_000_000)
@@ -109,13 +112,14 @@ class Run:
             for size in sizes:
                 one = measures.requests(self.gateway, self.stand.folder, 4, self.seconds, size)
                 found[size].append(one.cpu_ms)
-        print("\nCPU of a request whose body grows")
-        _row("bytes", "CPU ms", "us per KB beyond the first")
+        rows = []
         base = median(found[sizes[0]])
         for size in sizes:
             each = median(found[size])
             slope = (each - base) / (size - 1000) * 1e6 if size > 1000 else 0.0
-            _row(str(size), f"{each:.3f}", f"{slope:.2f}")
+            rows.append((str(size), f"{each:.3f}", f"{slope:.2f}"))
+        head = ("bytes", "CPU ms", "us per KB beyond the first")
+        _table("A request whose body grows", head, *rows)
 
     def log(self) -> None:
         """A gateway whose event log is at its bound beside one that has just begun."""
@@ -187,8 +191,18 @@ def _range(values: list[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}"
 
 
-def _row(*cells: str) -> None:
-    print("  " + "  ".join(f"{cell:<24}" for cell in cells).rstrip(), flush=True)
+def _table(title: str, *rows: tuple[str, ...]) -> None:
+    """Print a simple table of reStructuredText; the first row is its head."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    rule = "  ".join("=" * width for width in widths)
+    print(f"\n{title}\n")
+    for number, row in enumerate(rows):
+        if number < 2:
+            print(rule)
+        print(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print(rule, flush=True)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,8 @@ def leaving_ms(target: Target, paced_port: int, clients: int, *, prefill: bool) 
     time.sleep(0.3)
     found = []
     for client in opened:
-        client.close()
         gone = time.monotonic_ns()
+        client.close()
         deadline = time.monotonic() + 5
         seen: list[int] = []
         while not seen and time.monotonic() < deadline:
