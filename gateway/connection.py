@@ -23,7 +23,7 @@ from gevent import GreenletExit
 from gevent.pywsgi import WSGIServer
 
 from gateway import errors
-from gateway.access import name_request
+from gateway.access import REQUEST_ID, name_request
 from gateway.errors import GatewayError, Headers
 
 Environ = dict[str, Any]
@@ -374,10 +374,7 @@ class Connection:
             return False
         environ["wsgi.input"] = body
         answer = Answer(self._socket, environ, body, keep and not self._server.ending)
-        try:
-            answer.send(self._server.application)
-        finally:
-            self._socket.settimeout(None)
+        answer.send(self._server.application)
         if not answer.keep:
             self._linger(body)
             return False
@@ -401,11 +398,7 @@ class Connection:
     def _refuse(self, refusal: Refused, environ: Environ) -> None:
         """Answer what is no request of ours, without its bytes in the log: a key may be there."""
         logger.info("refused what is no request: %s", refusal)
-        path = environ.get("PATH_INFO", "/v1/")  # else in the dialect of most clients
-        request_id = name_request(environ)
-        line, headers, body = errors.response(refusal, path, request_id)
-        headers += [("Connection", "close"), ("X-Request-Id", request_id)]
-        self._socket.sendall(_head(line, headers) + body)
+        self._socket.sendall(_last_answer(refusal, environ))
         self._linger(None)
 
     def _linger(self, body: Body | None) -> None:
@@ -452,9 +445,7 @@ class Answer:
             logger.error("the application failed", exc_info=fault)
             if not self._begun:
                 error = GatewayError("The gateway failed; its log says more.")
-                request_id = name_request(self._environ)
-                line, told, body = errors.response(error, self._environ["PATH_INFO"], request_id)
-                self._socket.sendall(_head(line, [*told, ("Connection", "close")]) + body)
+                self._socket.sendall(_last_answer(error, self._environ))
             raise Ended from None
         finally:
             close = getattr(result, "close", None)
@@ -500,6 +491,15 @@ class Answer:
         return self.write
 
 
+def _last_answer(error: GatewayError, environ: Environ) -> bytes:
+    """An error, as the answer that ends a connection."""
+    path = environ.get("PATH_INFO", "/v1/")  # else in the dialect of most clients
+    request_id = environ.get(REQUEST_ID) or name_request(environ)
+    line, headers, body = errors.response(error, path, request_id)
+    headers += [("Connection", "close"), ("X-Request-Id", request_id)]
+    return _head(line, headers) + body
+
+
 def _head(status: str, headers: Headers) -> bytes:
     lines = [f"HTTP/1.1 {status}", "Server: lmstudio-gateway", f"Date: {_date(int(time.time()))}"]
     lines += [f"{name}: {value}" for name, value in headers]
@@ -524,8 +524,7 @@ class Server(WSGIServer):  # type: ignore[misc]
         self.waiting: set[Connection] = set()
         #: Whether answers say that they are the last ones of their connection.
         self.ending = False
-        # gunicorn names the handler that goes with its own worker
-        super().__init__(*args, **{**kwargs, "handler_class": Connection})
+        super().__init__(*args, **kwargs)
 
     def update_environ(self) -> None:
         """WSGI wants them; gevent would look the address up in the DNS."""

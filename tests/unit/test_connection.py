@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.connection import Body, Ended, Received, Refused, parse
+from gateway.connection import Answer, Body, Ended, Received, Refused, parse
 
 
 class Pieces:
@@ -160,6 +160,28 @@ def test_a_head_that_trickles_has_one_time_limit_for_all_of_it(
     finally:
         stop.set()
         sender.join()
+
+
+def test_an_application_that_fails_is_answered_and_the_connection_ends(
+    pair: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = pair
+
+    def fails(environ: dict[str, Any], start_response: Any) -> Any:
+        environ["gateway.request_id"] = "mine"
+        raise RuntimeError("a bug")
+
+    environ: dict[str, Any] = {}
+    parse(b"GET /v1/models HTTP/1.1", environ)
+    with pytest.raises(Ended):
+        Answer(ours, environ, Body(Received(ours), 0), True).send(fails)
+    head, _, body = theirs.recv(65536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 500 ")
+    assert b"\r\nX-Request-Id: mine" in head
+    assert b"\r\nConnection: close" in head
+    assert b'"type":"server_error"' in body
+    assert b"a bug" not in body
+    assert "a bug" in caplog.text
 
 
 def test_a_body_is_invited_once_and_only_when_it_is_read() -> None:
