@@ -74,8 +74,9 @@ class Gateway:
             gevent.sleep(HOUSE_SECONDS)
             self.upstream.adapter.close_old()
             self.accounts.tell_progress()
-            with suppress(GatewayError):
-                self.store.share_counters(debug.own_counters(self))
+            if self.store.many_machines:
+                with suppress(GatewayError):
+                    self.store.share_counters(debug.own_counters(self))
 
 
 def create_app(configured: settings.Settings | None = None) -> Flask:

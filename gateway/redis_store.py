@@ -81,6 +81,8 @@ return lost
 class RedisStore:
     """See :class:`gateway.store.SharedStore`."""
 
+    many_machines = True
+
     def __init__(self, url: str) -> None:
         try:
             self._redis: Any = redis.Redis.from_url(

@@ -99,6 +99,9 @@ class Batch:
 class SharedStore(Protocol):
     """What every implementation offers. All but ``active`` may raise :class:`StoreError`."""
 
+    #: Whether other machines may share this state, and so want to be told the counters.
+    many_machines: bool
+
     def active(self) -> Active | None:
         """The active model as of the last answered change by any worker."""
 
@@ -148,6 +151,7 @@ class SqliteStore:
 
     #: Seconds between two glances of a tailer.
     POLL_SECONDS = 0.03
+    many_machines = False
     _TOKEN = slice(0, 16)
     _NEWEST = struct.Struct("<q")
     _NEWEST_AT = 16
