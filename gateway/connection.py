@@ -25,6 +25,7 @@ from gevent.pywsgi import WSGIServer
 from gateway import errors
 from gateway.access import REQUEST_ID, name_request
 from gateway.errors import GatewayError, Headers
+from gateway.http1 import HEADER_LINE, TOKEN
 
 Environ = dict[str, Any]
 
@@ -49,15 +50,13 @@ IDLE_AT_END = 1.0
 LAST_WORDS = 2.0
 _READ = 65536
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
 _ABSOLUTE = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#\[\]]*|\[[0-9A-Fa-f:.]+\](?::\d*)?)(?=[/?#]|$)"
 )
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK = re.compile(
-    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*" + _TOKEN + rb"(?:=(?:" + _TOKEN + rb'|"[^"\\]*"))?)*'
+    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:=(?:" + TOKEN + rb'|"[^"\\]*"))?)*'
 )
 #: What can be there once only; of two, it is not clear who means which.
 _SINGLE = frozenset({"CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_HOST", "HTTP_TRANSFER_ENCODING"})
@@ -283,7 +282,7 @@ def _field(line: bytes) -> tuple[str, str]:
     """
     if len(line) > MAX_LINE:
         raise Refused("A header is too long.", status=431)
-    found = _FIELD.fullmatch(line)
+    found = HEADER_LINE.fullmatch(line)
     if found is None:
         raise Refused("A header is not acceptable.")
     name = found[1].decode("ascii").upper()
@@ -321,7 +320,7 @@ def _check_beginning(data: bytes) -> None:
     first, line_end, _ = data.partition(b"\r\n")
     if line_end and not _REQUEST_LINE.fullmatch(first):
         raise Refused("The request line is not acceptable.")
-    if b"\n" in first or not first or not re.match(_TOKEN, first):
+    if b"\n" in first or not first or not re.match(TOKEN, first):
         raise Refused("This is no HTTP request.")
     if len(first) > MAX_LINE:
         raise Refused("The request line is too long.", status=414)

@@ -15,7 +15,9 @@ MAX_HEAD_BYTES = 256 * 1024
 MAX_CHUNK_LINE_BYTES = 4096
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+#: Of requests and answers alike (RFC 9110 §5.6.2, §5.5).
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 
 
@@ -58,7 +60,7 @@ def parse_head(block: bytes) -> Head:
 @lru_cache(maxsize=1024)
 def _header(line: bytes) -> tuple[str, str]:
     """Name and value of a header line; a server repeats most of them in every answer."""
-    header = _HEADER_LINE.fullmatch(line)
+    header = HEADER_LINE.fullmatch(line)
     if header is None:
         raise Malformed("bad header line")
     return header[1].decode("ascii"), header[2].decode("latin-1")
