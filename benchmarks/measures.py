@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 
-from benchmarks.targets import EVENTS_PER_STREAM, KEY, Target
+from benchmarks.targets import EVENTS_PER_STREAM, KEY, Process, Target
+from tests.processes import free_port
 
 _WRK_LINE = re.compile(r"Requests/sec:\s+([0-9.]+)")
 _WRK_QUANTILE = re.compile(r"^\s+(50|99)%\s+([0-9.]+)(us|ms|s)$", re.MULTILINE)
@@ -154,8 +155,6 @@ def event_readers(target: Target, count: int) -> Iterator[None]:
 
 def start_seconds(folder: Path) -> float:
     """From the start of ``lmstudio-gateway serve`` to its first answer to ``/health``."""
-    from benchmarks.targets import Process, free_port
-
     port = free_port()
     process = Process(
         [sys.executable, "-m", "gateway.cli", "serve"],
