@@ -4,6 +4,6 @@ from gevent import monkey
 
 monkey.patch_all()
 
-from gateway.server import gunicorn_options, servable_or_exit  # noqa: E402
+from gateway.serving import gunicorn_options, servable_or_exit  # noqa: E402
 
 globals().update(gunicorn_options(servable_or_exit()))

@@ -157,7 +157,7 @@ def start_seconds(folder: Path) -> float:
     """From the start of ``lmstudio-gateway serve`` to its first answer to ``/health``."""
     port = free_port()
     process = Process(
-        [sys.executable, "-m", "gateway.cli", "serve"],
+        [sys.executable, "-m", "gateway", "serve"],
         folder / "start.out",
         PYTHONPATH=str(Path(__file__).parents[1]),
         GATEWAY_PORT=str(port),

@@ -185,7 +185,7 @@ class Stand:
             "WEB_CONCURRENCY": "2",
             **settings,
         }
-        command = [sys.executable, "-m", "gateway.cli", "serve"]
+        command = [sys.executable, "-m", "gateway", "serve"]
         process = self._start(name, command, **environ)
         target = Target(name, port, process)
         self._activate(port)

@@ -1,8 +1,8 @@
-"""What every request passes on its way in and out, whether Flask dispatches it or not.
+"""What every request passes on its way in and out.
 
-Flask's dispatch costs more than the gateway's own work on an inference request, so the busiest
-paths are served in front of it (:class:`HotPath`); access, limits, errors, headers and the access
-log are the same code for both ways.
+:class:`Front` is the WSGI application that the server calls. It admits the request, hands it to
+Flask and adds the headers that every response has. Flask's dispatch costs more than the gateway's
+own work on an inference request, so the busiest paths go straight to the proxy instead.
 """
 
 from __future__ import annotations
@@ -13,20 +13,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gateway import errors
-from gateway.access import CLIENT, REQUEST_ID, Access, name_request
-from gateway.accounts import AccessLog
-from gateway.bodies import check_length
 from gateway.errors import GatewayError, Headers, NotFound
-from gateway.injection import TABLE
-from gateway.metrics import Metrics
-from gateway.proxy import RECORDED, Proxy
-from gateway.record import milliseconds
+from gateway.observe import AccessLog, Metrics, milliseconds
+from gateway.proxy import RECORDED, TABLE, Proxy
+from gateway.request import CLIENT, REQUEST_ID, Access, bodies, name_request
 
 Environ = dict[str, Any]
-StartResponse = Callable[[str, Headers], Any]
+StartResponse = Callable[..., Any]
 WsgiApp = Callable[[Environ, Any], Iterable[bytes]]
 
-#: Where the moment of a request's arrival (time.monotonic()) is kept in the environ.
+#: Where the time of a request's arrival (time.monotonic()) is kept in the environ.
 ARRIVED = "gateway.arrived"
 #: The paths with an injection rule and their shorthands: those that applications call all day.
 HOT_PATHS = frozenset({*TABLE, *(path.removeprefix("/v1") for path in TABLE)})
@@ -35,18 +31,50 @@ logger = logging.getLogger(__name__)
 
 
 class Front:
-    """The way in and out of one gateway."""
+    """The way in and out of one gateway, around ``flask``, Flask's own WSGI application."""
+
+    #: The paths that Flask does not dispatch.
+    hot_paths = HOT_PATHS
 
     def __init__(
-        self, access: Access, metrics: Metrics, log: AccessLog, max_body_bytes: int
+        self,
+        flask: WsgiApp,
+        proxy: Proxy,
+        access: Access,
+        metrics: Metrics,
+        log: AccessLog,
+        max_body_bytes: int,
     ) -> None:
+        self._flask = flask
+        self._proxy = proxy
         self._access = access
         self._metrics = metrics
         self._log = log
         self._max_body_bytes = max_body_bytes
 
-    def enter(self, environ: Environ) -> bool:
-        """Access first, then the announced size of the body; both before a byte of it is read.
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        def start(status: str, headers: Headers, *exc_info: Any) -> Any:
+            complete = headers + self._leave(environ, status, headers)
+            return start_response(status, complete, *exc_info)
+
+        body: Iterable[bytes]
+        try:
+            if self._enter(environ):
+                status, headers, body = "204 No Content", [], []
+            elif environ["PATH_INFO"] in self.hot_paths:
+                answer = self._proxy.exchange(environ)
+                status, headers, body = answer.status, answer.headers, answer.body
+            else:
+                return self._flask(environ, start)
+        except GatewayError as error:
+            status, headers, body = error_response(environ, error)
+        except Exception as fault:
+            status, headers, body = error_response(environ, unexpected(environ, fault))
+        start(status, headers)
+        return body
+
+    def _enter(self, environ: Environ) -> bool:
+        """Check access first, then the announced size of the body, before a byte of it is read.
 
         Raises a GatewayError; returns whether this is a CORS preflight, to be answered 204.
         """
@@ -54,50 +82,23 @@ class Front:
         try:
             preflight = self._access.admit(environ)
         except GatewayError as error:
-            self._metrics.turned_away(error.code)
+            self._metrics.rejected(error.code)
             raise
         if environ["PATH_INFO"].startswith("//"):
             raise NotFound(f"Unknown path: {environ['PATH_INFO']}")
-        check_length(environ, self._max_body_bytes)
+        bodies.check_length(environ, self._max_body_bytes)
         return preflight
 
-    def leave(self, environ: Environ, status: int, size: int | None) -> Headers:
-        """The headers that every answer gets; tells the access log of what is no exchange."""
+    def _leave(self, environ: Environ, status: str, headers: Headers) -> Headers:
+        """Log a request that is no exchange; returns the headers that every response gets."""
         request_id = environ.get(REQUEST_ID) or name_request(environ)
         if RECORDED not in environ:
-            self._log.request(_log_entry(environ, status, size))
+            self._log.request(_log_entry(environ, int(status[:3]), headers))
         return [("X-Request-Id", request_id), *self._access.cors_headers(environ)]
 
 
-class HotPath:
-    """A WSGI application that serves the busiest paths itself and leaves the others to Flask."""
-
-    def __init__(self, flask: WsgiApp, front: Front, proxy: Proxy) -> None:
-        self._flask = flask
-        self._front = front
-        self._proxy = proxy
-
-    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"] not in HOT_PATHS:
-            return self._flask(environ, start_response)
-        body: Iterable[bytes]
-        try:
-            if self._front.enter(environ):
-                status, headers, body = "204 No Content", [], []
-            else:
-                answer = self._proxy.exchange(environ)
-                status, headers, body = answer.status, answer.headers, answer.body
-        except GatewayError as error:
-            status, headers, body = error_response(environ, error)
-        except Exception as fault:
-            status, headers, body = error_response(environ, unexpected(environ, fault))
-        headers = headers + self._front.leave(environ, int(status[:3]), None)
-        start_response(status, headers)
-        return body
-
-
 def error_response(environ: Environ, error: GatewayError) -> tuple[str, Headers, list[bytes]]:
-    """An error in the dialect of the request's path."""
+    """Status line, headers and body of an error, in the dialect of the request's path."""
     request_id = environ.get(REQUEST_ID) or name_request(environ)
     path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
     status, headers, body = errors.response(error, path, request_id, method=method)
@@ -105,15 +106,16 @@ def error_response(environ: Environ, error: GatewayError) -> tuple[str, Headers,
 
 
 def unexpected(environ: Environ, fault: Exception) -> GatewayError:
-    """A bug of ours: told in the log, not to the client."""
+    """Log a bug of the gateway's own; the client learns only that there was one."""
     where = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']!r}"
     logger.error("unexpected error: %s", where, exc_info=fault)
     return GatewayError("The gateway failed; its log says more.")
 
 
-def _log_entry(environ: Environ, status: int, size: int | None) -> dict[str, Any]:
-    """The access log's line of a request that is no inference exchange (those log their own)."""
-    began = environ.get(ARRIVED) or time.monotonic()
+def _log_entry(environ: Environ, status: int, headers: Headers) -> dict[str, Any]:
+    """The access log's entry for a request that is no exchange (exchanges log their own)."""
+    arrived = environ.get(ARRIVED) or time.monotonic()
+    size = next((int(value) for name, value in headers if name.lower() == "content-length"), None)
     return {
         "requestId": environ[REQUEST_ID],
         "client": environ.get(CLIENT, ""),
@@ -121,5 +123,5 @@ def _log_entry(environ: Environ, status: int, size: int | None) -> dict[str, Any
         "path": environ["PATH_INFO"].encode("latin-1").decode("utf-8", "replace"),
         "status": status,
         "bytes": size,
-        "totalMs": milliseconds(time.monotonic() - began),
+        "totalMs": milliseconds(time.monotonic() - arrived),
     }

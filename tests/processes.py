@@ -125,7 +125,7 @@ class Gateway:
         eventually(self._is_up, START_TIMEOUT)
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "gateway.cli", "serve", "--server", self.server]
+        return [sys.executable, "-m", "gateway", "serve", "--server", self.server]
 
     def stop(self, sig: int = signal.SIGTERM) -> None:
         self.http.close()

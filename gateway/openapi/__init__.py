@@ -1,25 +1,12 @@
-"""``/openapi.json``: this API in OpenAPI 3.1, for client generators and API browsers."""
+"""``/openapi.json``: this API in OpenAPI 3.1, for client generators and API browsers.
 
-from __future__ import annotations
+:mod:`.document` puts the document together and is the file to read first; :mod:`.operations` lists
+every path with its operations, :mod:`.shapes` the JSON of the gateway's own responses.
+:mod:`.views` is the blueprint.
 
-from functools import cache
+This package must not know how the operations that it describes are carried out.
+"""
 
-from flask import Blueprint, Response
+from gateway.openapi.views import blueprint
 
-from gateway.errors import dumps
-
-blueprint = Blueprint("openapi", __name__)
-
-
-@blueprint.get("/openapi.json")
-def describe() -> Response:
-    """The document; the same for every gateway of a version."""
-    return Response(_document(), content_type="application/json")
-
-
-@cache
-def _document() -> bytes:
-    # on first use: a gateway whose description nobody reads spends no time on it
-    from gateway.openapi.document import document
-
-    return dumps(document())
+__all__ = ["blueprint"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 
-from gateway import __version__, schemas
+from gateway import __version__
+from gateway.admin import schemas
 from gateway.openapi.operations import DIALECTS, ERRORS, headers, json_of, paths
 from gateway.openapi.shapes import SHAPES, Json
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from gateway import events
-from gateway.access import HEALTH_PATHS, PAGE_PATHS, is_admin_path
 from gateway.errors import dialect
-from gateway.injection import TABLE, Endpoint
+from gateway.observe import TYPES
 from gateway.openapi.shapes import Json
+from gateway.proxy import TABLE, Endpoint
+from gateway.request import DASHBOARD_PATHS, HEALTH_PATHS, is_admin_path
 
 _ANY_KEY: list[Json] = [{"bearer": []}, {"apiKey": []}]
 _ADMIN_KEY: list[Json] = [{"bearer": ["admin"]}, {"apiKey": ["admin"]}]
@@ -95,7 +95,7 @@ Each event has an id, a type and one line of JSON with a `timestamp`. `Last-Even
 `lastEventId` resumes without loss while the log holds what is missing, else the event `gap` tells
 how many were `missed`."""
 _LAST_ID: Json = {"schema": {"type": "integer"}, "description": "The last event that you have."}
-_TYPES: Json = {"type": "array", "items": {"enum": list(events.TYPES)}}
+_TYPES: Json = {"type": "array", "items": {"enum": list(TYPES)}}
 _REST: Json = {"schema": {"type": "string"}, "description": "What follows; it may have slashes."}
 
 #: What some operations have besides.
@@ -160,7 +160,7 @@ def _operation(
 
 
 def _security(path: str) -> list[Json]:
-    if path in PAGE_PATHS:
+    if path in DASHBOARD_PATHS:
         return []
     if is_admin_path(path):
         return _ADMIN_KEY

@@ -20,7 +20,7 @@ def shared_small(
 ) -> Iterator[Patched]:
     """One worker that runs three exchanges at a time."""
     before = "server.GRACEFUL_TIMEOUT = 3"
-    inside = f"gateway.proxy.MAX_EXCHANGES = {BOUND}"
+    inside = f"gateway.proxy.exchange.MAX_EXCHANGES = {BOUND}"
     folder = tmp_path_factory.mktemp("small")
     gateway = Patched(folder, shared_simulator.url, before, inside, WEB_CONCURRENCY=1)
     yield gateway

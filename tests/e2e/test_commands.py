@@ -18,7 +18,7 @@ from gateway.settings import TABLE
 from tests.processes import Gateway, Simulator, eventually, free_port
 
 ROOT = Path(__file__).parents[2]
-CLI = [sys.executable, "-m", "gateway.cli"]
+CLI = [sys.executable, "-m", "gateway"]
 GEVENT = [*CLI, "serve", "--server", "gevent"]
 GUNICORN = [sys.executable, "-m", "gunicorn", "wsgi:app"]
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.cli import main
-from gateway.server import GRACEFUL_TIMEOUT
+from gateway.commands import main
+from gateway.serving.launch import GRACEFUL_TIMEOUT
 from gateway.settings import TABLE, load
 from tests.processes import Gateway, Simulator, free_port
 

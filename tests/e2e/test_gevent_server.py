@@ -36,14 +36,14 @@ for module, names in {
     for name in names:
         delattr(module, name)
 socket.__all__ = [name for name in socket.__all__ if hasattr(socket, name)]
-from gateway.cli import main
+from gateway.commands import main
 main(["serve", "--server", "gevent"])
 """
 #: A grace period of 4 s.
 _HASTY = """
 from gevent import monkey
 monkey.patch_all()
-from gateway import server
+from gateway.serving import launch as server
 server.GRACEFUL_TIMEOUT = 4
 server.serve_gevent(server.servable_or_exit())
 """

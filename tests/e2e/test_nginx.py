@@ -18,7 +18,7 @@ import psutil
 import pytest
 import trustme
 
-from gateway.connection import KEEP_ALIVE
+from gateway.serving.connection import KEEP_ALIVE
 from gateway.settings import TABLE
 from tests.nginx import Nginx
 from tests.processes import Gateway, Simulator, eventually, free_port

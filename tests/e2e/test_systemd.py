@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.server import GRACEFUL_TIMEOUT
+from gateway.serving.launch import GRACEFUL_TIMEOUT
 from gateway.settings import TABLE
 from tests.nginx import require
 from tests.processes import Gateway, Simulator

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gateway.store import MAX_EVENTS
+from gateway.state import MAX_EVENTS
 from tests.conftest import EventReader
 from tests.faults.stage import MODEL, Crowd, Row, ask, serves, streams, tracebacks
 from tests.nginx import require

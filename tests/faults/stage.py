@@ -32,11 +32,11 @@ CHAT = "/v1/chat/completions"
 #: Constants are set in the worker, after gunicorn has forked and gevent has patched it.
 _SCRIPT = """
 import resource
-from gateway import server, worker
+from gateway.serving import launch as server, worker
 {before}
 plain_run = worker.Worker.run
 def run(self):
-    import gateway.proxy
+    import gateway.proxy.exchange
 {inside}
     plain_run(self)
 worker.Worker.run = run

@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 
 from gateway.app import create_app
-from gateway.commands import COMMANDS
-from gateway.events import TYPES
-from gateway.metrics import Metrics
+from gateway.commands import models, watching
+from gateway.observe import TYPES, Metrics
 from gateway.settings import TABLE, load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.rst").read_text()
 #: What gunicorn and the commands for administrators read: no settings of a gateway.
 OTHERS = {"WEB_CONCURRENCY", "GATEWAY_URL"}
+COMMANDS = (*models.COMMANDS, *watching.COMMANDS)
 VARIABLES = {setting.variable for setting in TABLE} | OTHERS
 
 

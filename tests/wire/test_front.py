@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from gateway import settings
 from gateway.app import create_app
-from gateway.front import HOT_PATHS, HotPath
+from gateway.front import HOT_PATHS, Front
 
 NEW, ADMIN = "new-key-0123456789", "admin-key-0123456789"
 ORIGIN = "https://app.example"
@@ -42,7 +43,7 @@ _SHAPES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def both_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The application with the way in front of Flask, and Flask alone."""
+    """The application as it is, and one that leaves the busiest paths to Flask too."""
     configured = settings.load(
         {
             "LMSTUDIO_BASE_URL": "http://127.0.0.1:9",
@@ -55,10 +56,11 @@ def both_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
             "MAX_BODY_BYTES": "1000",
         }
     )
-    app = create_app(configured)
-    hot = app.wsgi_app
-    assert isinstance(hot, HotPath)
-    return hot, hot._flask
+    hot = create_app(configured).wsgi_app
+    assert isinstance(hot, Front)
+    through_flask = copy.copy(hot)
+    through_flask.hot_paths = frozenset()
+    return hot, through_flask
 
 
 @pytest.mark.parametrize("shape", _SHAPES)

@@ -1,0 +1,14 @@
+"""Model management over HTTP: list, load, unload, activate, deactivate.
+
+:mod:`.views` is the blueprint and the file to read first; :mod:`.schemas` validates the bodies,
+:mod:`.models` does the work over the link and the store, and :mod:`.operation` runs what takes long
+beside the request that asked for it.
+
+This package must not know about inference.
+"""
+
+from gateway.admin import schemas
+from gateway.admin.models import Models
+from gateway.admin.views import blueprint
+
+__all__ = ["Models", "blueprint", "schemas"]

@@ -1,0 +1,105 @@
+"""An operation that takes long, run beside the request that asked for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+from gevent.queue import Queue
+
+from gateway import sse
+from gateway.admin.models import Emit
+from gateway.clock import timestamp
+from gateway.errors import GatewayError, dumps
+from gateway.request import ClientGone, cancellation
+from gateway.sse import HEARTBEAT, KEEP_ALIVE
+
+Event = tuple[str, dict[str, Any]]
+
+
+class Operation:
+    """Something that takes long: it runs beside the request, and stops when the client leaves."""
+
+    _GONE: Event = ("gone", {})
+
+    def __init__(self, work: Callable[[Emit], Any], publish: Emit) -> None:
+        self._publish = publish
+        self._events: Queue[Event] = Queue()
+        self._answer: dict[str, Any] = {}
+        self._error: BaseException | None = None
+        self._worker = gevent.spawn(self._run, work)
+
+    def result(self, environ: dict[str, Any]) -> dict[str, Any]:
+        """Wait for the end; raises what the work raised."""
+        for _ in self._until_end(environ):
+            pass
+        return self._answer
+
+    def events(self, environ: dict[str, Any], request_id: str) -> Iterator[bytes]:
+        """The events as an SSE body, ending with the work's completion or an ``error`` event."""
+        yield b""  # the head goes out before the first event
+        try:
+            for event in self._until_end(environ, HEARTBEAT):
+                if event is None:
+                    yield KEEP_ALIVE
+                elif event[0].endswith(("_progress", "_complete")):
+                    answer = self._answer if event[0].endswith("_complete") else {}
+                    yield _event(event[0], {**answer, **event[1]})
+        except ClientGone:
+            return
+        except GatewayError as error:
+            told = {"error": error.message, "status": error.status, "requestId": request_id}
+            if error.details:
+                told["details"] = error.details
+            yield _event("error", told)
+
+    def _run(self, work: Callable[[Emit], Any]) -> None:
+        completed: list[Event] = []
+
+        def emit(event: str, data: dict[str, Any]) -> None:
+            self._publish(event, data)
+            # the completion is told last, when the answer is known
+            (completed.append if event.endswith("_complete") else self._events.put)((event, data))
+
+        try:
+            self._answer = work(emit)
+        except GatewayError as error:
+            self._error = error
+        except gevent.GreenletExit:
+            self._error = ClientGone("The client closed the connection.")
+        except Exception as error:
+            self._error = error
+        for event in completed:
+            self._events.put(event)
+        self._events.put(("end", {}))
+
+    def _until_end(
+        self, environ: dict[str, Any], heartbeat: float | None = None
+    ) -> Iterator[Event | None]:
+        """The events in order, None after each ``heartbeat`` s without one. A client that leaves
+        stops the work."""
+        watch = cancellation.watch(environ, lambda: self._events.put(self._GONE))
+        try:
+            while True:
+                try:
+                    event = self._events.get(timeout=heartbeat)
+                except gevent.queue.Empty:
+                    yield None
+                    continue
+                if event is self._GONE:
+                    raise ClientGone("The client closed the connection.")
+                if event[0] == "end":
+                    break
+                yield event
+            if self._error is not None:
+                raise self._error
+        finally:
+            if watch is not None:
+                watch.stop()
+            self._worker.kill(block=False)  # nothing to kill unless the client left
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return sse.event(name, dumps({"timestamp": timestamp(time.time()), **data}))

@@ -1,0 +1,94 @@
+"""The blueprint of ``/admin``: validate the body, let :mod:`.models` do it, answer."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+from flask import Blueprint, Response, current_app, request
+
+from gateway import sse
+from gateway.admin import schemas
+from gateway.admin.models import Emit, Models
+from gateway.admin.operation import Operation
+from gateway.errors import BadRequest
+from gateway.request import REQUEST_ID, bodies
+
+blueprint = Blueprint("admin", __name__, url_prefix="/admin")
+
+
+@blueprint.get("/models")
+def list_models() -> dict[str, Any]:
+    return _models().listing()
+
+
+@blueprint.post("/models/load")
+def load() -> Response | dict[str, Any]:
+    """Load a model: plain JSON at the end, or its events while it loads."""
+    wanted = schemas.parse(schemas.LoadSchema(), _body())
+    models = _models()
+    publish = _publisher()
+    operation = Operation(lambda emit: models.load(wanted, emit), publish)
+    if _wants_events():
+        body = operation.events(request.environ, request.environ[REQUEST_ID])
+        return Response(body, content_type=sse.CONTENT_TYPE, headers=sse.UNBUFFERED)
+    return operation.result(request.environ)
+
+
+@blueprint.post("/models/unload")
+def unload() -> dict[str, Any]:
+    return _models().unload(schemas.parse(schemas.UnloadSchema(), _body()), _publisher())
+
+
+@blueprint.post("/models/activate")
+def activate() -> dict[str, Any]:
+    return _models().activate(schemas.parse(schemas.ActivateSchema(), _body()), _publisher())
+
+
+@blueprint.post("/models/deactivate")
+def deactivate() -> dict[str, Any]:
+    schemas.parse(schemas.DeactivateSchema(), _body(optional=True))
+    return _models().deactivate(_publisher())
+
+
+def _models() -> Models:
+    models: Models = current_app.extensions["gateway"].models
+    return models
+
+
+def _publisher() -> Emit:
+    """What tells the world of the current request's operation."""
+    parts = current_app.extensions["gateway"]
+    request_id = request.environ[REQUEST_ID]
+    operation = secrets.token_hex(8)
+
+    def publish(event: str, data: dict[str, Any]) -> None:
+        if event == "error":
+            data = {"requestId": request_id, **data}
+        loading = event.startswith("model_load") or data.get("operation") == "model_load"
+        if loading and event in ("model_load_complete", "error"):
+            parts.metrics.load_ended("loaded" if event == "model_load_complete" else "failed")
+        parts.events.publish(event, data, operation if loading else "")
+
+    return publish
+
+
+def _body(*, optional: bool = False) -> Any:
+    content = bodies.read_body(
+        request.environ, current_app.extensions["gateway"].settings.max_body_bytes
+    )
+    if optional and not content.strip():
+        return {}
+    try:
+        return json.loads(content.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _wants_events() -> bool:
+    return "text/event-stream" in request.environ.get("HTTP_ACCEPT", "").lower()

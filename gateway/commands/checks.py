@@ -1,0 +1,63 @@
+"""``lmstudio-gateway check``: whether the gateway could serve with these settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flask import Flask
+
+from gateway.errors import GatewayError
+from gateway.lmstudio import Link, Upstream
+from gateway.settings import Settings
+from gateway.state import open_store
+
+
+def run(settings: Settings) -> int:
+    """Check one part after the other, a line for each; 0 when all is well, else 1."""
+    parts: list[tuple[str, Callable[[], str]]] = [
+        ("settings", _settings),
+        ("state", lambda: _state(settings)),
+        ("LM Studio HTTP", lambda: _http(settings)),
+        ("LM Studio SDK", lambda: _sdk(settings)),
+    ]
+    failed = False
+    for name, probe in parts:
+        try:
+            print(f"ok    {name}: {probe()}")
+        except GatewayError as error:
+            failed = True
+            print(f"FAIL  {name}: {error.message}")
+    return 1 if failed else 0
+
+
+def _settings() -> str:
+    file = Path(".env").absolute()
+    return f"valid, with {file}" if file.exists() else f"valid (there is no {file})"
+
+
+def _state(settings: Settings) -> str:
+    instance = Flask("gateway", static_folder=None).instance_path
+    store = open_store(settings.state_url, instance)
+    try:
+        store.ping()  # a Redis is not asked when it is opened
+    finally:
+        store.close()
+    return "opened" if settings.state_url else f"opened in {Path(instance)}"
+
+
+def _http(settings: Settings) -> str:
+    url = settings.lmstudio_base_url
+    try:
+        Upstream(settings).greet(5)
+    except GatewayError as error:
+        raise GatewayError(f"{url}: {error.message}") from None
+    return url
+
+
+def _sdk(settings: Settings) -> str:
+    link = Link(settings)
+    link.connect()
+    count = len(link.downloaded())
+    link.close()
+    return f"connected, {count} models downloaded"

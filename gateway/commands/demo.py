@@ -1,0 +1,230 @@
+"""``lmstudio-gateway demo``: a simulator and a gateway, and a tour of what they do, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import requests
+
+from gateway.commands.client import read_events
+from gateway.settings import TABLE
+
+PREFERRED_PORT = 8002
+MODEL = "qwen2.5-7b-instruct"
+START_TIMEOUT = 30.0
+
+
+class DemoError(Exception):
+    """The tour can't go on; the text says why."""
+
+
+def run(*, once: bool) -> int:
+    """Run the tour; then, unless ``once``, keep everything running until Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with ExitStack() as stack:
+            state = stack.enter_context(tempfile.TemporaryDirectory(prefix="lmstudio-gateway-"))
+            lmstudio = stack.enter_context(_simulator())
+            url = stack.enter_context(_gateway(lmstudio, state))
+            _tour(url, lmstudio)
+            if not once:
+                print("\nEverything keeps running: Ctrl-C ends it.", flush=True)
+                while True:
+                    time.sleep(3600)
+    except KeyboardInterrupt:
+        print("\nStopped.")
+    except (DemoError, requests.RequestException) as error:
+        print(f"The demo failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _tour(url: str, lmstudio: str) -> None:
+    print(f"LM Studio simulator: {lmstudio}   (a stand-in, not a model)")
+    print(f"Gateway:             {url}")
+    with requests.Session() as http:
+        http.trust_env = False
+        _show_models(http, url)
+        _show_load(http, url)
+        _show_chat(http, url)
+    print(_go_on(url))
+
+
+def _show_models(http: requests.Session, url: str) -> None:
+    _title("GET /admin/models")
+    listing = _json(http.get(f"{url}/admin/models", timeout=30))
+    for model in listing["downloaded"]:
+        size = model["size"] / 1e9
+        print(f"  {model['modelKey']:42} {model['type']:10} {size:7.1f} GB")
+
+
+def _show_load(http: requests.Session, url: str) -> None:
+    _title(f"POST /admin/models/load  {MODEL}")
+    body = {
+        "modelKey": MODEL,
+        "instanceId": "primary",
+        "loadConfig": {"contextLength": 8192, "gpu": {"ratio": 1.0}, "cpuThreads": 4},
+        "defaultInference": {"temperature": 0.7, "maxTokens": 256},
+    }
+    headers = {"Accept": "text/event-stream"}
+    answer = http.post(
+        f"{url}/admin/models/load", json=body, headers=headers, stream=True, timeout=120
+    )
+    for event, data in _events(answer):
+        if event == "model_load_progress":
+            _bar(data["progressRaw"])
+        elif event == "model_load_complete":
+            print(f"\n  loaded as {data['instanceId']} in {data['totalTimeMs']} ms")
+            print(f"  applied: {json.dumps(data['appliedConfig'])[:160]}")
+        elif event == "error":
+            raise DemoError(data["error"])
+
+
+def _show_chat(http: requests.Session, url: str) -> None:
+    _title("POST /v1/chat/completions  (no model named: the active one is injected)")
+    body = {"stream": True, "messages": [{"role": "user", "content": "Who are you?"}]}
+    answer = http.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=120)
+    print("  ", end="")
+    for _, data in _events(answer):
+        if data == "[DONE]":
+            break
+        if "error" in data:
+            raise DemoError(str(data["error"]))
+        for choice in data["choices"]:
+            print(choice["delta"].get("content") or "", end="", flush=True)
+    print()
+
+
+def _go_on(url: str) -> str:
+    return f"""
+Go on with:
+
+  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"stream": true, "messages": [{{"role": "user", "content": "count to 10"}}]}}'
+
+  python -c 'from openai import OpenAI
+  openai = OpenAI(base_url="{url}/v1", api_key="unused")
+  messages = [{{"role": "user", "content": "Hello"}}]
+  print(openai.chat.completions.create(model="", messages=messages).choices[0].message.content)'
+"""
+
+
+# Processes ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _simulator() -> Iterator[str]:
+    """The simulator on a free port; yields its URL."""
+    command = [sys.executable, "-m", "gateway.simulator", "--port", "0"]
+    with _process(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline().decode()
+        if "listening on " not in line:
+            raise DemoError("the simulator did not start")
+        yield line.rpartition(" ")[2].strip()
+
+
+@contextmanager
+def _gateway(lmstudio: str, state: str) -> Iterator[str]:
+    """The gateway on port 8002 or the next free one; yields its URL."""
+    port = _free_port()
+    # nothing of the user's own settings may get into the demo, not even by way of ./.env
+    inherited = {name: value for name, value in os.environ.items() if not _is_setting(name)}
+    environ = inherited | {
+        "LMSTUDIO_BASE_URL": lmstudio,
+        "GATEWAY_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "WEB_CONCURRENCY": "2",
+        "LOG_LEVEL": "warn",
+        "STATE_URL": f"sqlite:///{state}/state.db",
+    }
+    command = [sys.executable, "-m", "gateway", "serve"]
+    url = f"http://127.0.0.1:{port}"
+    with _process(command, env=environ, cwd=state) as process:
+        _await_health(process, url)
+        yield url
+
+
+@contextmanager
+def _process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    # a session of its own: Ctrl-C reaches the demo, which then ends its children in order
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _await_health(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoError("the gateway did not start")
+        try:
+            if requests.get(f"{url}/health", timeout=2).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.05)
+    raise DemoError("the gateway did not answer in time")
+
+
+def _free_port() -> int:
+    for port in (*range(PREFERRED_PORT, PREFERRED_PORT + 100), 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise DemoError("no free port")
+
+
+def _is_setting(name: str) -> bool:
+    return name in {setting.variable for setting in TABLE}
+
+
+# Output ---------------------------------------------------------------------------------------
+
+
+def _events(answer: requests.Response) -> Iterator[tuple[str, Any]]:
+    """Event name and data of an SSE answer; raises DemoError for another kind of answer."""
+    if not answer.ok:
+        raise DemoError(f"{answer.status_code}: {answer.text}")
+    for _, name, data in read_events(answer.iter_lines()):
+        yield name, data if data == "[DONE]" else json.loads(data)
+
+
+def _json(answer: requests.Response) -> Any:
+    if not answer.ok:
+        raise DemoError(f"{answer.status_code}: {answer.text}")
+    return answer.json()
+
+
+def _title(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _bar(fraction: float) -> None:
+    filled = round(fraction * 40)
+    lead = "\r" if sys.stdout.isatty() else "\n"
+    bar = "#" * filled + "." * (40 - filled)
+    print(f"{lead}  [{bar}] {fraction:6.1%}", end="", flush=True)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

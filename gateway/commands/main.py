@@ -1,0 +1,96 @@
+"""The command ``lmstudio-gateway``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from gateway import __version__
+from gateway.commands import models, watching
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lmstudio-gateway")
+def main() -> None:
+    """A gateway in front of LM Studio.
+
+    "demo" shows it without LM Studio. "check" and "serve" take their settings from the environment
+    and from .env in the current directory (README.rst lists them). The others ask a gateway that
+    runs.
+    """
+
+
+@main.command()
+@click.option(
+    "--server",
+    "kind",
+    type=click.Choice(["gunicorn", "gevent"]),
+    default="gevent" if sys.platform == "win32" else "gunicorn",
+    show_default=True,
+    help="gevent: one process, wherever gunicorn does not run.",
+)
+def serve(kind: str) -> None:
+    """Serve, as the settings in the environment and .env say."""
+    from gevent import monkey
+
+    monkey.patch_all()  # gunicorn's master too: what it imports, its workers share
+    from gateway import serving
+
+    settings = serving.servable_or_exit()
+    (serving.serve_gevent if kind == "gevent" else serving.serve_gunicorn)(settings)
+
+
+@main.command()
+def check() -> None:
+    """Check the settings and the way to LM Studio.
+
+    Exit status 0 when all is well, else 1.
+    """
+    from gevent import monkey
+
+    monkey.patch_all()
+    from gateway.commands import checks
+    from gateway.serving import settings_or_exit
+
+    sys.exit(checks.run(settings_or_exit()))
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=1234, show_default=True, help="0 takes a free one.")
+@click.option("--token", help="Require this API token (sk-lm-AAAAAAAA:BBBBBBBBBBBBBBBBBBBB).")
+@click.option("--pace-ms", default=20.0, show_default=True, help="Milliseconds between two tokens.")
+@click.option("--tls-cert", help="PEM certificate; serves https and wss.")
+@click.option("--tls-key", help="PEM key of that certificate.")
+def simulate(**options: Any) -> None:
+    """Run a stand-in for LM Studio, without a model.
+
+    It listens where LM Studio does, so that a gateway finds it there, for trying and testing.
+    """
+    from gevent import monkey
+
+    monkey.patch_all()
+    from gateway.simulator.server import serve
+
+    try:
+        serve(**options)
+    except OSError as fault:  # the port is taken, by LM Studio perhaps, or no such certificate
+        raise click.ClickException(f"The simulator can't start: {fault}") from None
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="End after the tour instead of running until Ctrl-C.")
+def demo(once: bool) -> None:
+    """Show it all at work, without LM Studio.
+
+    Starts the simulator and a gateway in front of it, lists models, loads one and chats.
+    """
+    from gateway.commands import demo as tour
+
+    sys.exit(tour.run(once=once))
+
+
+for command in (*models.COMMANDS, *watching.COMMANDS):
+    main.add_command(command)

@@ -1,0 +1,34 @@
+"""The body of ``GET /debug/stream``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gateway.observe import Metrics, Subscription
+from gateway.request import cancellation
+from gateway.sse import KEEP_ALIVE
+
+
+class EventStream(Iterator[bytes]):
+    """A reader's stream: the frames of its subscription, and comments while nothing happens."""
+
+    def __init__(self, frames: Subscription, environ: dict[str, Any], metrics: Metrics) -> None:
+        self._frames = frames
+        self._watch = cancellation.watch(environ, frames.end)
+        self._metrics = metrics
+        self._open = True
+        metrics.subscribers.inc()
+
+    def __next__(self) -> bytes:
+        frame = next(self._frames)
+        return KEEP_ALIVE if frame is None else frame
+
+    def close(self) -> None:
+        """Give up the reader's place. Idempotent."""
+        if self._open:
+            self._open = False
+            self._metrics.subscribers.dec()
+            self._frames.close()
+            if self._watch is not None:
+                self._watch.stop()

@@ -1,0 +1,31 @@
+"""What is known about exchanges and operations, and where it is reported.
+
+A :class:`Record` collects the facts of one exchange; :mod:`.reporting` reports it to metrics,
+events and the access log, and is the file to read first. :mod:`.events` publishes to the
+shared event log, :mod:`.readers` serves those who follow it, :mod:`.counters` adds up workers and
+machines.
+
+This package must not know about Flask, about the requests themselves or about LM Studio.
+"""
+
+from gateway.observe.access_log import AccessLog
+from gateway.observe.counters import own_counters, total_counters
+from gateway.observe.events import TYPES, EventBus
+from gateway.observe.metrics import PREFIX, Metrics
+from gateway.observe.readers import Subscription
+from gateway.observe.record import Record, milliseconds
+from gateway.observe.reporting import Reporter
+
+__all__ = [
+    "PREFIX",
+    "TYPES",
+    "AccessLog",
+    "EventBus",
+    "Metrics",
+    "Record",
+    "Reporter",
+    "Subscription",
+    "milliseconds",
+    "own_counters",
+    "total_counters",
+]

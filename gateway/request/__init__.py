@@ -1,0 +1,39 @@
+"""Who asks for what: the WSGI environ of a request, read and judged before anything is done.
+
+:mod:`.access` decides who may pass and is the file to read first; :mod:`.target` works out where a
+request goes in LM Studio, :mod:`.bodies` reads its body within limits, :mod:`.headers` chooses the
+headers that travel on in both directions, and :mod:`.cancellation` notices that the client has
+disconnected.
+
+This package must not know about Flask, about LM Studio's protocols or about the shared state.
+"""
+
+from gateway.request import bodies, cancellation, headers
+from gateway.request.access import (
+    CLIENT,
+    DASHBOARD_PATHS,
+    HEALTH_PATHS,
+    REQUEST_ID,
+    Access,
+    is_admin_path,
+    name_request,
+)
+from gateway.request.cancellation import SOCKET, ClientGone, ClientWatch
+from gateway.request.target import upstream_target
+
+__all__ = [
+    "CLIENT",
+    "DASHBOARD_PATHS",
+    "HEALTH_PATHS",
+    "REQUEST_ID",
+    "SOCKET",
+    "Access",
+    "ClientGone",
+    "ClientWatch",
+    "bodies",
+    "cancellation",
+    "headers",
+    "is_admin_path",
+    "name_request",
+    "upstream_target",
+]

@@ -1,0 +1,55 @@
+"""The log: one configuration for gunicorn's messages and ours, as text or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from gateway.clock import timestamp
+
+LEVELS = {"error": "ERROR", "warn": "WARNING", "info": "INFO", "debug": "DEBUG"}
+
+
+class TextFormatter(logging.Formatter):
+    """``2026-01-31T12:00:00.000Z info gateway.app: message``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when, level = timestamp(record.created), record.levelname.lower()
+        line = f"{when} {level} {record.name}: {record.getMessage()}"
+        return line if not record.exc_info else f"{line}\n{self.formatException(record.exc_info)}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; a message that is a dict becomes members of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "timestamp": timestamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def configuration(level: str, form: str) -> dict[str, Any]:
+    """For ``logging.config.dictConfig``, which gunicorn calls with it."""
+    formatter = JsonFormatter if form == "json" else TextFormatter
+    handler = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
+    chosen = LEVELS[level]
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"()": formatter}},
+        "handlers": {"stderr": handler},
+        # libraries' chatter stays out: only their warnings are an operator's business
+        "root": {"level": "WARNING", "handlers": ["stderr"]},
+        "loggers": {
+            "gateway": {"level": chosen},
+            "gunicorn.error": {"level": chosen, "handlers": [], "propagate": True},
+            "gunicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
+        },
+    }

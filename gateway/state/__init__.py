@@ -1,0 +1,32 @@
+"""What all workers share: the active model, the event log, the requests in flight.
+
+:mod:`.store` declares what a store offers and is the file to read first; :mod:`.sqlite` serves the
+workers of one machine, :mod:`.redis` several machines. :func:`open_store` chooses by ``STATE_URL``.
+
+This package must not know about Flask, about HTTP or about LM Studio.
+"""
+
+from gateway.state.opening import open_store, sqlite_path
+from gateway.state.sqlite import open_sqlite
+from gateway.state.store import (
+    MAX_EVENTS,
+    Active,
+    Batch,
+    SharedStore,
+    StoredEvent,
+    StoreError,
+    merge,
+)
+
+__all__ = [
+    "MAX_EVENTS",
+    "Active",
+    "Batch",
+    "SharedStore",
+    "StoreError",
+    "StoredEvent",
+    "merge",
+    "open_sqlite",
+    "open_store",
+    "sqlite_path",
+]

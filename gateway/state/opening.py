@@ -1,0 +1,33 @@
+"""Which store ``STATE_URL`` names."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from gateway.state.sqlite import SqliteStore
+from gateway.state.store import SharedStore, StoreError
+
+
+def open_store(url: str, instance_path: str) -> SharedStore:
+    """The store that ``STATE_URL`` names; empty: ``state.db`` in Flask's instance folder.
+
+    Raises :class:`StoreError` when it can't be opened.
+    """
+    path = sqlite_path(url, instance_path)
+    if path is None:
+        # the Redis client is an optional dependency
+        from gateway.state.redis import RedisStore
+
+        return RedisStore(url)
+    try:
+        return SqliteStore(path)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreError(f"cannot open {path}: {error}") from None
+
+
+def sqlite_path(url: str, instance_path: str) -> Path | None:
+    """The file of a SQLite ``STATE_URL`` (empty: in the instance folder); None for another kind."""
+    if not url:
+        return Path(instance_path, "state.db")
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:") else None

@@ -1,0 +1,37 @@
+"""A few bytes that all worker processes see without a system call."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+
+class SharedFile:
+    """A few bytes that all workers see. ``view`` is mapped memory; writing is a call, as a mapped
+    page that the disk does not take would be the process's death and not an OSError."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        try:
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS or not path.exists():
+                raise
+            # the disk became read-only while the gateway runs: a new worker reads at least
+            self._handle = os.open(path, os.O_RDONLY)
+        try:
+            if os.fstat(self._handle).st_size < size:
+                os.pwrite(self._handle, b"\0", size - 1)
+            self.view = mmap.mmap(self._handle, size, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def write(self, at: int, data: bytes) -> None:
+        """Raises OSError."""
+        os.pwrite(self._handle, data, at)
+
+    def close(self) -> None:
+        self.view.close()
+        os.close(self._handle)

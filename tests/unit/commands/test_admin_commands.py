@@ -1,0 +1,126 @@
+"""What the commands for administrators make of their options."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import click
+import pytest
+
+from gateway.commands.options import load_body
+from gateway.commands.terminal import clean, members
+
+MODEL = "qwen2-1.5b-instruct"
+
+
+def test_a_model_alone_is_the_whole_body() -> None:
+    assert load_body(MODEL) == {"modelKey": MODEL}
+
+
+def test_every_option_has_its_place_in_the_body() -> None:
+    body = load_body(
+        MODEL,
+        instance="one",
+        context_length=8192,
+        gpu="max",
+        cpu_threads=4,
+        ttl=0,
+        fields=("flashAttention=true", "gpu.mainGpu=0"),
+        no_activate=True,
+        temperature=0.5,
+        max_tokens=100,
+        defaults=("topP=0.9", 'stopStrings=["a", "b"]'),
+    )
+    assert body == {
+        "modelKey": MODEL,
+        "instanceId": "one",
+        "ttlSeconds": 0,
+        "activate": False,
+        "loadConfig": {
+            "contextLength": 8192,
+            "cpuThreads": 4,
+            "flashAttention": True,
+            "gpu": {"ratio": "max", "mainGpu": 0},
+        },
+        "defaultInference": {
+            "temperature": 0.5,
+            "maxTokens": 100,
+            "topP": 0.9,
+            "stopStrings": ["a", "b"],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", 1),
+        ("1.5", 1.5),
+        ("-1", -1),
+        ("true", True),
+        ("false", False),
+        ("null", None),
+        ("q8_0", "q8_0"),
+        ('"1"', "1"),
+        ("", ""),
+        ("a=b", "a=b"),
+        ("[0, 1]", [0, 1]),
+        ('{"a": 1}', {"a": 1}),
+        ("NaN", "NaN"),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_a_value_is_json_or_else_the_bare_string(text: str, value: Any) -> None:
+    found = load_body(MODEL, fields=(f"seed={text}",))["loadConfig"]["seed"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("text", "value"), [("max", "max"), ("off", "off"), ("0.5", 0.5)])
+def test_gpu_is_a_word_or_a_ratio(text: str, value: Any) -> None:
+    assert load_body(MODEL, gpu=text)["loadConfig"] == {"gpu": {"ratio": value}}
+
+
+def test_an_object_and_its_members_are_put_together() -> None:
+    fields = ('gpu={"ratio": 0.5}', "gpu.mainGpu=1")
+    assert load_body(MODEL, fields=fields)["loadConfig"] == {"gpu": {"ratio": 0.5, "mainGpu": 1}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fields": ("seed",)}, "--set seed: must be FIELD=VALUE"),
+        ({"fields": ("=1",)}, "must be FIELD=VALUE"),
+        ({"fields": ("gpu.=1",)}, "must be FIELD=VALUE"),
+        ({"defaults": ("topP",)}, "--default topP: must be FIELD=VALUE"),
+        ({"fields": ("seed=1", "seed=2")}, "seed: is given twice"),
+        ({"context_length": 1, "fields": ("contextLength=2",)}, "contextLength: is given twice"),
+        ({"gpu": "max", "fields": ("gpu.ratio=1",)}, "gpu.ratio: is given twice"),
+        ({"gpu": "max", "fields": ('gpu={"ratio": 1}',)}, "gpu: is given twice"),
+        ({"fields": ("gpu=max", "gpu.mainGpu=0")}, "gpu has a value of its own"),
+        ({"temperature": 1.0, "defaults": ("temperature=1",)}, "temperature: is given twice"),
+    ],
+)
+def test_a_field_that_is_no_assignment_or_is_given_twice_is_wrong_usage(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(click.UsageError, match=words) as caught:
+        load_body(MODEL, **options)
+    assert caught.value.exit_code == 2
+
+
+def test_what_others_chose_can_not_steer_the_terminal() -> None:
+    assert clean("\x1b[31mred\x07\x9b\u202e\ud800\n") == r"\x1b[31mred\x07\x9b\u202e\ud800\n"
+    assert clean("Größe 模型 [x] :smile:") == "Größe 模型 [x] :smile:"
+
+
+def test_members_are_told_with_their_paths() -> None:
+    told = {"a": 1, "b": None, "c": {"d": "x", "e": {"f": True}}, "g": "two words", "h": "\x1b"}
+    assert members(told) == 'a=1 c.d=x c.e.f=true g="two words" h=\\x1b'
+
+
+def test_the_commands_cost_serve_no_imports() -> None:
+    script = "import sys, gateway.commands; print({'requests', 'rich', 'flask'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"

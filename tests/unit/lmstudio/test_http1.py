@@ -1,0 +1,258 @@
+"""Reading HTTP/1.1 answers: any split of the bytes gives the payload, and nothing sloppy passes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.lmstudio.http1 import (
+    Body,
+    Chunked,
+    Counted,
+    Head,
+    Malformed,
+    NoBody,
+    UntilClose,
+    body_of,
+    parse_head,
+)
+
+
+@st.composite
+def chunked_wire(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """A payload, and a chunked form of it."""
+    chunks = draw(st.lists(st.binary(min_size=1, max_size=40), max_size=6))
+    end = draw(st.sampled_from([b"\r\n", b"\n"]))
+    wire = b""
+    for chunk in chunks:
+        form = draw(st.sampled_from([b"%x", b"%X", b"0%x", b"%x ", b"%x;a=b", b'%x ; q="1;2"']))
+        wire += form % len(chunk) + end + chunk + end
+    trailers = draw(st.lists(st.sampled_from([b"X-A: b", b"Expires: 0"]), max_size=2))
+    wire += b"0" + end + b"".join(trailer + end for trailer in trailers) + end
+    return b"".join(chunks), wire
+
+
+def arrivals(wire: bytes, cuts: list[int]) -> list[bytes]:
+    edges = sorted({0, len(wire), *(cut % (len(wire) + 1) for cut in cuts)})
+    return [wire[start:end] for start, end in pairwise(edges)]
+
+
+def fed(body: Body, pieces: list[bytes]) -> bytes:
+    return b"".join(body.feed(piece) for piece in pieces)
+
+
+def body_for(*headers: tuple[str, str], status: int = 200, method: str = "GET") -> Body:
+    return body_of(Head(status, "OK", list(headers), http10=False), method)
+
+
+CUTS = st.lists(st.integers(0, 10_000), max_size=30)
+
+
+@given(chunked_wire(), CUTS)
+def test_any_chunking_and_any_arrivals_give_the_payload(
+    encoded: tuple[bytes, bytes], cuts: list[int]
+) -> None:
+    payload, wire = encoded
+    body = Chunked()
+    assert fed(body, arrivals(wire, cuts)) == payload
+    assert body.done
+    assert not body.excess
+    body.end()
+
+
+@given(chunked_wire())
+def test_byte_by_byte_gives_the_payload_too(encoded: tuple[bytes, bytes]) -> None:
+    payload, wire = encoded
+    body = Chunked()
+    assert fed(body, [wire[place : place + 1] for place in range(len(wire))]) == payload
+    assert body.done
+
+
+@given(chunked_wire(), st.data())
+def test_a_chunked_body_that_breaks_off_is_never_taken_for_complete(
+    encoded: tuple[bytes, bytes], data: st.DataObject
+) -> None:
+    payload, wire = encoded
+    cut = data.draw(st.integers(0, len(wire) - 1))
+    body = Chunked()
+    assert payload.startswith(body.feed(wire[:cut]))
+    assert not body.done
+    with pytest.raises(Malformed):
+        body.end()
+
+
+@given(chunked_wire(), st.binary(min_size=1), CUTS)
+def test_bytes_behind_the_end_are_dropped_and_told(
+    encoded: tuple[bytes, bytes], behind: bytes, cuts: list[int]
+) -> None:
+    payload, wire = encoded
+    body = Chunked()
+    assert fed(body, arrivals(wire + behind, cuts)) == payload
+    assert body.done
+    assert body.excess
+
+
+@pytest.mark.parametrize(
+    "size",
+    [b"-5", b"0x5", b"+5", b"", b" 5", b"5 5", b"5_0", b"g", b"5.0", b"\xd9\xa5", b"f" * 16, b",5"],
+)
+def test_a_malformed_chunk_size_is_refused(size: bytes) -> None:
+    with pytest.raises(Malformed):
+        Chunked().feed(size + b"\r\nhello\r\n0\r\n\r\n")
+    body = Chunked()
+    body.feed(b"1\r\na\r\n")
+    with pytest.raises(Malformed):
+        fed(body, [bytes([byte]) for byte in size + b"\r\nhello\r\n"])
+
+
+@pytest.mark.parametrize("behind", [b"X\r\n", b"lo\r\n", b" \r\n", b"\r\r\n"])
+def test_a_chunk_longer_than_its_size_is_refused(behind: bytes) -> None:
+    with pytest.raises(Malformed):
+        Chunked().feed(b"3\r\nhel" + behind + b"0\r\n\r\n")
+
+
+def test_a_chunk_line_without_end_is_refused_before_it_fills_the_memory() -> None:
+    body = Chunked()
+    with pytest.raises(Malformed):
+        fed(body, [b"5;", *[b"x" * 1000] * 100])
+
+
+def test_part_of_a_chunk_is_passed_on_at_once() -> None:
+    body = Chunked()
+    assert body.feed(b"a\r\nhello") == b"hello"
+    assert body.feed(b"wor") == b"wor"
+
+
+@given(st.binary(), st.binary(max_size=5), CUTS)
+def test_a_counted_body_ends_after_its_length(
+    payload: bytes, behind: bytes, cuts: list[int]
+) -> None:
+    body = Counted(len(payload))
+    assert fed(body, arrivals(payload + behind, cuts)) == payload
+    assert body.done
+    assert body.excess is bool(behind)
+    body.end()
+
+
+def test_a_counted_body_that_breaks_off_is_told() -> None:
+    body = Counted(5)
+    assert body.feed(b"four") == b"four"
+    with pytest.raises(Malformed):
+        body.end()
+
+
+@given(st.binary(), CUTS)
+def test_a_body_without_length_ends_with_the_connection(payload: bytes, cuts: list[int]) -> None:
+    body = UntilClose()
+    assert fed(body, arrivals(payload, cuts)) == payload
+    assert not body.done
+    body.end()
+    assert body.done
+
+
+# Which framing
+
+
+@pytest.mark.parametrize(
+    ("headers", "kind"),
+    [
+        ([], UntilClose),
+        ([("Content-Length", "5")], Counted),
+        ([("content-length", "5"), ("CONTENT-LENGTH", "5")], Counted),
+        ([("Transfer-Encoding", "Chunked")], Chunked),
+        ([("Transfer-Encoding", "chunked"), ("Content-Length", "5")], Chunked),
+    ],
+)
+def test_the_headers_decide_the_framing(headers: list[tuple[str, str]], kind: type[Body]) -> None:
+    assert type(body_for(*headers)) is kind
+    assert type(body_for(*headers, method="HEAD")) is NoBody
+    assert type(body_for(*headers, status=204)) is NoBody
+    assert type(body_for(*headers, status=304)) is NoBody
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Content-Length", "5"), ("Content-Length", "6")],
+        [("Content-Length", "5, 6")],
+        [("Content-Length", "-5")],
+        [("Content-Length", "+5")],
+        [("Content-Length", "0x5")],
+        [("Content-Length", "5_0")],
+        [("Content-Length", "")],
+        [("Content-Length", "\u0665")],
+        [("Content-Length", "9" * 30)],
+        [("Transfer-Encoding", "gzip")],
+        [("Transfer-Encoding", "gzip, chunked")],
+        [("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "chunked")],
+        [("Transfer-Encoding", "xchunked")],
+        [("Transfer-Encoding", "")],
+    ],
+)
+def test_a_framing_in_doubt_is_refused(headers: list[tuple[str, str]]) -> None:
+    with pytest.raises(Malformed):
+        body_for(*headers)
+
+
+def test_no_body_takes_nothing() -> None:
+    body = body_for(status=204)
+    assert body.done
+    assert body.feed(b"x") == b""
+    assert body.excess
+
+
+# Heads
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+def test_a_head_is_parsed_with_the_names_as_they_came(end: bytes) -> None:
+    lines = [b"HTTP/1.1 404 Not Here", b"X-oDD:  a b \t", b"X-Odd: c", b"Empty:", b"L: \xe9"]
+    head = parse_head(end.join(lines))
+    assert (head.status, head.reason) == (404, "Not Here")
+    assert head.headers == [("X-oDD", "a b"), ("X-Odd", "c"), ("Empty", ""), ("L", "\xe9")]
+    assert head.get("x-odd") == "a b, c"
+    assert head.get("none") is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"HTTP/2 200 OK",
+        b"HTTP/1.1 20 OK",
+        b"HTTP/1.1 600 OK",
+        b"HTTP/1.1 2000",
+        b"HTTP/1.1  200 OK",
+        b"http/1.1 200 OK",
+        b"garbage",
+        b"",
+    ],
+)
+def test_a_bad_status_line_is_refused(line: bytes) -> None:
+    with pytest.raises(Malformed):
+        parse_head(line)
+
+
+@pytest.mark.parametrize("line", [b"A : b", b" folded", b"A", b": b", b"A: b\rc", b"A: \x00"])
+def test_a_bad_header_line_is_refused(line: bytes) -> None:
+    with pytest.raises(Malformed):
+        parse_head(b"HTTP/1.1 200 OK\r\nX: y\r\n" + line)
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "kept"),
+    [
+        (b"1", b"", True),
+        (b"1", b"close", False),
+        (b"1", b"Close", False),
+        (b"1", b"x, close", False),
+        (b"0", b"", False),
+        (b"0", b"keep-alive", True),
+    ],
+)
+def test_whether_the_connection_is_kept(version: bytes, connection: bytes, kept: bool) -> None:
+    head = parse_head(b"HTTP/1." + version + b" 200\r\nConnection: " + connection)
+    assert head.keep_alive is kept
+    assert head.reason == ""

@@ -1,0 +1,134 @@
+"""LM Studio's errors, made what a client of the dialect expects."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from typing import Any
+
+import pytest
+
+from gateway.errors import GatewayError
+from gateway.proxy import repair
+
+UNEXPECTED = "Unexpected endpoint or method. (POST /v1/images/generations)"
+
+
+def hidden(body: Any) -> GatewayError | None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return repair.hidden_error(content)
+
+
+def wrapped(
+    status: int, content: bytes, encoding: str | None = None, spoken: str = "openai"
+) -> GatewayError | None:
+    return repair.wrapped(status, content, encoding, spoken)
+
+
+def certain(error: GatewayError | None) -> GatewayError:
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message", "code"),
+    [
+        ({"error": UNEXPECTED}, 404, UNEXPECTED, "unknown_endpoint"),
+        ({"error": {"message": UNEXPECTED}}, 404, UNEXPECTED, "unknown_endpoint"),
+        ({"error": "Context overflow"}, 400, "Context overflow", "upstream_error"),
+        ({"error": {"message": "no", "code": "my_code"}}, 400, "no", "my_code"),
+        ({"error": {"message": "busy", "code": 503}}, 503, "busy", "upstream_error"),
+        ({"error": "slow down", "status": 429}, 429, "slow down", "upstream_error"),
+        ({"error": {"message": "x", "statusCode": 422}}, 422, "x", "upstream_error"),
+        ({"error": {"message": "x", "code": 200}}, 400, "x", "upstream_error"),
+        ({"type": "error", "error": {"type": "t", "message": "x"}}, 400, "x", "upstream_error"),
+    ],
+)
+def test_an_error_inside_a_200_is_found(body: Any, status: int, message: str, code: str) -> None:
+    content = json.dumps(body).encode()
+    assert repair.starts_like_error(content)
+    error = certain(hidden(content))
+    assert (error.status, error.message, error.code) == (status, message, code)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"id": "resp_1", "error": None, "object": "response"},
+        {"id": "resp_1", "error": {"message": "x"}, "object": "response"},
+        {"choices": [{"message": {"content": '"error"'}}]},
+        {"error": None},
+        {"error": ""},
+        {"data": [], "error": "x"},
+        ["error"],
+        b'{"error": "broken',
+        b'"error"',
+        b"",
+        b"[" * 100_000 + b'"error"',
+    ],
+    ids=lambda body: repr(body)[:30],
+)
+def test_a_good_answer_is_none(body: Any) -> None:
+    assert hidden(body) is None
+
+
+def test_a_good_answer_does_not_start_like_an_error() -> None:
+    for content in (b'{"id":"x","error":1}', b'{"errors":[]}', b"[]", b"", b'{"type":"message"}'):
+        assert not repair.starts_like_error(content)
+
+
+def test_the_members_of_an_error_object_are_kept() -> None:
+    told = {"message": "Invalid model", "param": "model", "code": "model_not_found"}
+    error = certain(hidden({"error": told}))
+    assert (error.param, error.code) == ("model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"error":"plain text"}', "plain text"),
+        (b'{"error":{"message":5}}', "5"),
+        (b'{"message":"outside"}', "outside"),
+        (b"just text", "just text"),
+        (b"", "LM Studio answered 500."),
+        (b"[]", "[]"),
+        (b"<html><style>p{}</style><h1>Bad</h1>\n<p>Gateway</p></html>", "Bad Gateway"),
+        (b"caf\xe9", "caf\ufffd"),
+    ],
+)
+def test_an_error_that_is_no_object_of_the_dialect_is_wrapped(content: bytes, message: str) -> None:
+    error = certain(wrapped(500, content))
+    assert (error.status, error.message) == (500, message)
+
+
+def test_an_error_object_of_the_dialect_stays_as_it_is() -> None:
+    openai = b'{"error":{"message":"x","type":"t","param":null,"code":null}}'
+    anthropic = b'{"type":"error","error":{"type":"t","message":"x"}}'
+    assert wrapped(400, openai) is None
+    assert wrapped(400, anthropic, spoken="anthropic") is None
+    assert certain(wrapped(400, openai, spoken="anthropic")).message == "x"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "encode"),
+    [("gzip", gzip.compress), ("X-GZIP", gzip.compress), ("deflate", zlib.compress)],
+)
+def test_a_compressed_error_is_understood(encoding: str, encode: Any) -> None:
+    assert certain(wrapped(500, encode(b'{"error":"inner"}'), encoding)).message == "inner"
+
+
+@pytest.mark.parametrize("encoding", ["br", "gzip", "deflate", "zstd"])
+def test_an_error_in_an_unknown_or_broken_coding_stays_as_it_is(encoding: str) -> None:
+    assert wrapped(500, b"\x00not that coding", encoding) is None
+
+
+def test_a_long_page_is_cut() -> None:
+    assert len(certain(wrapped(500, b"<p>" + b"word " * 10_000)).message) <= 2000
+
+
+def test_an_error_in_a_compressed_answer_is_found() -> None:
+    error = repair.hidden_error(
+        gzip.compress(b'{"error":"Unexpected endpoint or method."}'), "gzip"
+    )
+    assert certain(error).status == 404

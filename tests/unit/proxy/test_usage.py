@@ -1,0 +1,168 @@
+"""The tap on event streams: the same bytes, but for the usage chunk that nobody asked for."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.proxy.usage import MAX_EVENT_BYTES, Tap, usages
+from gateway.sse import error_event
+
+
+def chunk(**members: Any) -> bytes:
+    return b"data: " + json.dumps(members, ensure_ascii=False).encode()
+
+
+def content(text: str, **more: Any) -> bytes:
+    return chunk(choices=[{"index": 0, "delta": {"content": text}}], **more)
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+USAGE_CHUNK = chunk(id="x", choices=[], usage=USAGE)
+TRICKY = [
+    content('say "usage":{"prompt_tokens":99} and "choices":[] now'),
+    content("null usage", usage=None),
+    content("with usage", usage={"prompt_tokens": 1}),
+    chunk(choices=[], prompt_filter_results=[]),
+    b": comment",
+    b"data: [DONE]",
+    b"event: error\ndata: {}",
+    b"data: not json",
+    b"data: a\ndata: b",
+]
+EVENTS = st.lists(
+    st.sampled_from([USAGE_CHUNK, *TRICKY])
+    | st.text(st.characters(codec="utf-8"), max_size=30).map(content),
+    max_size=8,
+)
+ENDS = st.sampled_from([b"\n", b"\r\n"])
+CUTS = st.lists(st.integers(0, 100_000), max_size=40)
+
+
+def wire(events: list[bytes], end: bytes) -> bytes:
+    return b"".join(event.replace(b"\n", end) + end * 2 for event in events)
+
+
+def arrivals(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[start:end] for start, end in pairwise(edges)]
+
+
+def ends_an_event(data: bytes) -> bool:
+    return not data or data.endswith((b"\n\n", b"\r\n\r\n"))
+
+
+@given(EVENTS, ENDS, CUTS)
+def test_without_the_usage_chunk_the_stream_is_the_same(
+    events: list[bytes], end: bytes, cuts: list[int]
+) -> None:
+    tap = Tap(remove=True)
+    out = b""
+    for piece in arrivals(wire(events, end), cuts):
+        out += tap.feed(piece)
+        assert tap.between_events is ends_an_event(out)
+    out += tap.rest()
+    assert out == wire([event for event in events if event != USAGE_CHUNK], end)
+    if USAGE_CHUNK in events:
+        assert tap.tokens["completionTokens"] == 7
+
+
+@given(EVENTS, ENDS)
+def test_byte_by_byte_gives_the_same(events: list[bytes], end: bytes) -> None:
+    data = wire(events, end)
+    tap = Tap(remove=True)
+    out = b"".join(tap.feed(data[place : place + 1]) for place in range(len(data)))
+    assert out + tap.rest() == wire([event for event in events if event != USAGE_CHUNK], end)
+
+
+@given(EVENTS, ENDS, CUTS)
+def test_a_stream_that_is_only_listened_to_passes_byte_for_byte(
+    events: list[bytes], end: bytes, cuts: list[int]
+) -> None:
+    tap = Tap(remove=False)
+    seen = b""
+    for piece in arrivals(wire(events, end), cuts):
+        assert tap.feed(piece) == piece
+        seen += piece
+        assert tap.between_events is ends_an_event(seen)
+    assert tap.rest() == b""
+    if USAGE_CHUNK in events:
+        assert tap.tokens["completionTokens"] == 7
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_content_event_goes_on_before_it_has_ended(end: bytes) -> None:
+    tap = Tap(remove=True)
+    assert tap.feed(content("hello")) == content("hello")
+    assert not tap.between_events
+    assert tap.feed(end * 2) == end * 2
+    assert tap.between_events
+
+
+def test_a_usage_chunk_that_the_stream_ended_in_is_removed_and_counted() -> None:
+    tap = Tap(remove=True)
+    assert tap.feed(content("a") + b"\n\n" + USAGE_CHUNK) == content("a") + b"\n\n"
+    assert tap.rest() == b""
+    assert tap.tokens == {"promptTokens": 5, "completionTokens": 7}
+
+
+def test_an_unfinished_other_event_is_handed_out_at_the_end() -> None:
+    tap = Tap(remove=True)
+    assert tap.feed(b"data: [DONE]") == b""
+    assert tap.rest() == b"data: [DONE]"
+
+
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("size", [1000, 65536])
+def test_a_huge_event_passes_unchanged_and_is_not_collected(remove: bool, size: int) -> None:
+    event = b"data: " + b"x" * (2 * MAX_EVENT_BYTES) + b"\n\n"
+    data = event + USAGE_CHUNK + b"\n\ndata: [DONE]\n\n"
+    tap = Tap(remove=remove)
+    step = size * 16
+    out = b"".join(tap.feed(data[at : at + step]) for at in range(0, len(data), step)) + tap.rest()
+    assert out == (data.replace(USAGE_CHUNK + b"\n\n", b"") if remove else data)
+    assert tap.tokens["promptTokens"] == 5
+
+
+def test_the_counts_of_all_dialects_are_found() -> None:
+    start = {"type": "message_start", "message": {"usage": {"input_tokens": 3}}}
+    delta = {"type": "message_delta", "usage": {"output_tokens": 4}}
+    done = {"response": {"usage": {"input_tokens": 8, "output_tokens": 9, "x": {"y": 1}}}}
+    for events, prompt, completion in (([start, delta], 3, 4), ([done], 8, 9)):
+        tap = Tap(remove=False)
+        tap.feed(b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events))
+        assert tap.tokens == {"promptTokens": prompt, "completionTokens": completion}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"usage":{"prompt_tokens":true,"completion_tokens":-1}}',
+        b'{"usage":{"prompt_tokens":"5","completion_tokens":null}}',
+        b'{"usage":{"prompt_tokens":1.5}}',
+        b'{"usage":{',
+        b'{"usage":[]}',
+        b'{"usage":null}',
+        b'{"usage":{"prompt_tokens":' + b"9" * 5000 + b"}}",
+        b'{"usage":{"a":' + b"[" * 100_000,
+        b'{"usage":{"\xff',
+    ],
+    ids=lambda payload: repr(payload[:30]),
+)
+def test_a_senseless_usage_counts_nothing_and_breaks_nothing(payload: bytes) -> None:
+    assert all(found == {} for found in usages(payload))
+    assert Tap(remove=False).feed(b"data: " + payload + b"\n\n").endswith(payload + b"\n\n")
+
+
+def test_an_error_event_is_one_line_of_data() -> None:
+    told = {"error": {"message": "a\nb ü \ud800"}}
+    event = error_event(told)
+    assert event.endswith(b"\n\n")
+    assert event.count(b"\n") == 2
+    assert json.loads(event.removeprefix(b"data: ")) == told
+    assert error_event(told, named=True).startswith(b"event: error\ndata: ")

@@ -1,0 +1,159 @@
+"""Where a request goes in LM Studio, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.errors import SHORTHAND, BadRequest, NotFound
+from gateway.request import upstream_target
+
+
+def environ(raw: str) -> dict[str, Any]:
+    path, _, query = raw.partition("?")
+    decoded = unquote_to_bytes(path).decode("latin-1")
+    return {"RAW_URI": raw, "PATH_INFO": decoded, "QUERY_STRING": query}
+
+
+@pytest.mark.parametrize(
+    ("raw", "sent"),
+    [
+        ("/v1/models", "/v1/models"),
+        ("/v1/models?a=b&c=%20d", "/v1/models?a=b&c=%20d"),
+        ("/v1/models?", "/v1/models?"),
+        ("/v1/models?next=http://other/../x", "/v1/models?next=http://other/../x"),
+        ("/v1/models/publisher%2Fmodel", "/v1/models/publisher%2Fmodel"),
+        ("/v1/models/publisher%2fmodel", "/v1/models/publisher%2fmodel"),
+        ("/v1/models/publisher/model", "/v1/models/publisher/model"),
+        ("/v1/models/qwen2.5-7b..instruct", "/v1/models/qwen2.5-7b..instruct"),
+        ("/v1/models/a%20b", "/v1/models/a%20b"),
+        ("/v1/models/100%25", "/v1/models/100%25"),
+        ("/v1/files/%E2%82%AC", "/v1/files/%E2%82%AC"),
+        ("/v1/models/", "/v1/models/"),
+        ("/models/publisher%2Fmodel?x=1", "/v1/models/publisher%2Fmodel?x=1"),
+        ("/api/v0/models", "/api/v0/models"),
+        ("http://other.example/v1/models", "/v1/models"),
+        ("http://other.example:99/v1/models?x", "/v1/models?x"),
+        ("/v1/models#part", "/v1/models"),
+    ],
+)
+def test_a_target_arrives_as_it_came(raw: str, sent: str) -> None:
+    path, target = upstream_target(environ(raw))
+    assert target == sent
+    assert path == sent.partition("?")[0]
+
+
+@pytest.mark.parametrize("path", sorted(SHORTHAND))
+def test_shorthand_is_v1(path: str) -> None:
+    assert upstream_target(environ(path + "?x=1")) == ("/v1" + path, f"/v1{path}?x=1")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/../admin/models",
+        "/v1/..",
+        "/v1/./models",
+        "/v1/%2e%2e/admin",
+        "/v1/%2E%2e/admin",
+        "/v1/.%2e/admin",
+        "/v1/%252e%252e/admin",
+        "/v1/%25252e%25252e/admin",
+        "/v1/%2525252525252e%2525252525252e/admin",
+        "/v1/models/..%2f..%2fadmin",
+        "/v1/models/..%252fadmin",
+        "/v1/..;/admin",
+        "/v1/..;a=b/admin",
+        "/v1/%2e%2e%3b/admin",
+        "/v1/..\\admin",
+        "/v1/\\admin",
+        "/v1/%5cadmin",
+        "/v1/%5Cadmin",
+        "/v1/%255cadmin",
+        "/v1/models/%00",
+        "/v1/models/%2500",
+        "/v1/models/%0d%0aX-Header:%201",
+        "/v1/models/%7f",
+        "//other.example/v1/models",
+        "/%2fother.example/v1/models",
+        "/%252fother.example/v1/models",
+        "http://other.example//host/v1",
+        "http://other.example/v1/../admin",
+        "http:///../v1/models/..",
+        "models",
+        "*",
+        "/v1/mo dels",
+        "/v1/\u00fc",
+    ],
+)
+def test_a_path_that_could_mean_another_place_is_refused(path: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        upstream_target(environ(path))
+    assert caught.value.code == "invalid_path"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/v1",
+        "/v1/",
+        "/v10/models",
+        "/V1/models",
+        "/%761/models",
+        "/%76%31/models",
+        "/api",
+        "/api/",
+        "/%61pi/v0/models",
+        "/admin/models",
+        "/nowhere",
+        "http://other.example",
+        "http://other.example/admin/models",
+    ],
+)
+def test_a_path_that_is_none_of_the_proxys_is_not_found(path: str) -> None:
+    with pytest.raises(NotFound):
+        upstream_target(environ(path))
+
+
+@pytest.mark.parametrize(
+    ("decoded", "sent"),
+    [
+        ("/v1/models/a b", "/v1/models/a%20b"),
+        ("/v1/models/\xe2\x82\xac", "/v1/models/%E2%82%AC"),
+        ("/v1/models/100%", "/v1/models/100%25"),
+        ("/v1/models/a?b", "/v1/models/a%3Fb"),
+    ],
+)
+def test_without_a_raw_target_the_path_is_encoded_again(decoded: str, sent: str) -> None:
+    given_ = {"PATH_INFO": decoded, "QUERY_STRING": "x=1"}
+    assert upstream_target(given_) == (sent, sent + "?x=1")
+    with pytest.raises(BadRequest):
+        upstream_target({"PATH_INFO": "/v1/../admin", "QUERY_STRING": ""})
+
+
+PIECES = st.sampled_from(
+    ["/", "..", ".", "%2e", "%2f", "%5c", "%25", "\\", ";", "v1", "api", "admin", "a", "%00", "//"]
+)
+
+
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_whatever_is_let_through_decodes_to_no_other_place(path: str) -> None:
+    raw = "/v1/" + path
+    try:
+        sent, _ = upstream_target(environ(raw))
+    except (BadRequest, NotFound):
+        return
+    assert sent == raw
+    decoded = sent
+    for _ in range(10):
+        assert decoded.startswith("/v1/")
+        segments = [part.partition(";")[0] for part in decoded.replace("\\", "/").split("/")]
+        assert ".." not in segments
+        assert "." not in segments
+        assert "\\" not in decoded
+        decoded = unquote_to_bytes(decoded).decode("latin-1")

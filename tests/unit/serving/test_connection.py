@@ -1,0 +1,197 @@
+"""Requests as they come off a socket, in whatever pieces; anything else is RequestRejected."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.serving.parsing import RequestRejected, parse
+from gateway.serving.reading import ConnectionEnded, RequestBody, RequestReader
+from gateway.serving.response import Response
+
+
+class Pieces:
+    """A socket whose arrivals are these; then its peer has left."""
+
+    def __init__(self, *arrivals: bytes) -> None:
+        self._arrivals = list(arrivals)
+
+    def settimeout(self, seconds: float) -> None:
+        assert seconds > 0
+
+    def recv(self, size: int) -> bytes:
+        if not self._arrivals:
+            return b""
+        arrival = self._arrivals.pop(0)
+        if len(arrival) > size:
+            self._arrivals.insert(0, arrival[size:])
+        return arrival[:size]
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    """Data in non-empty pieces, cut at these places."""
+    edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
+    return [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
+
+
+def chunked(pieces: list[bytes]) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in pieces if one) + b"0\r\n\r\n"
+
+
+def read_all(read: Callable[[int], bytes], size: int) -> bytes:
+    found = b""
+    while piece := read(size):
+        assert len(piece) <= size
+        found += piece
+    return found
+
+
+@given(
+    st.lists(st.binary(max_size=40)), st.lists(st.integers(0, 2000)), st.integers(1, 100)
+)  # fmt: skip
+def test_chunks_are_read_whatever_the_arrivals_and_the_next_request_is_kept(
+    pieces: list[bytes], places: list[int], size: int
+) -> None:
+    received = RequestReader(Pieces(*cut(chunked(pieces) + b"GET / HTTP/1.1\r\n\r\n", places)))
+    body = RequestBody(received, None)
+    assert read_all(body.read, size) == b"".join(pieces)
+    assert body.done
+    assert received.head(1) == b"GET / HTTP/1.1"
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 2000)), st.integers(1, 100))
+def test_a_counted_body_ends_where_its_length_says(
+    content: bytes, places: list[int], size: int
+) -> None:
+    received = RequestReader(Pieces(*cut(content + b"GET / HTTP/1.1\r\n\r\n", places)))
+    body = RequestBody(received, len(content))
+    assert read_all(body.read, size) == content
+    assert received.head(1) == b"GET / HTTP/1.1"
+
+
+@given(st.lists(st.binary(max_size=80), max_size=6))
+def test_whatever_comes_is_a_head_or_refused_or_the_end(arrivals: list[bytes]) -> None:
+    with contextlib.suppress(RequestRejected, ConnectionEnded):
+        parse(RequestReader(Pieces(*filter(None, arrivals))).head(1), {})
+
+
+_BYTES = st.sampled_from([b"0", b"5", b"f", b"g", b"\r", b"\n", b"\r\n", b";", b"a=b", b" ", b":"])
+
+
+@given(st.lists(_BYTES, max_size=12))
+def test_whatever_comes_as_chunks_is_a_body_or_refused_or_the_end(parts: list[bytes]) -> None:
+    body = RequestBody(RequestReader(Pieces(b"".join(parts) or b"x")), None)
+    try:
+        body.read()
+    except (RequestRejected, ConnectionEnded):
+        assert body.broken
+        with pytest.raises(RequestRejected):
+            body.read()
+
+
+def test_an_arrival_that_is_only_half_an_empty_line_is_waited_for() -> None:
+    received = RequestReader(
+        Pieces(b"\r", b"\n", b"GET /v1/models HTTP/1.1\r", b"\nHost: a\r\n\r", b"\n")
+    )
+    assert received.head(1) == b"GET /v1/models HTTP/1.1\r\nHost: a"
+
+
+@pytest.mark.parametrize(
+    ("head", "keep"),
+    [
+        (b"GET / HTTP/1.1", True),
+        (b"GET / HTTP/1.1\r\nConnection: Close", False),
+        (b"GET / HTTP/1.1\r\nConnection: upgrade, close", False),
+        (b"GET / HTTP/1.0", False),
+        (b"GET / HTTP/1.0\r\nConnection: keep-alive", True),
+    ],
+)
+def test_who_keeps_the_connection(head: bytes, keep: bool) -> None:
+    assert parse(head, {}) == (keep, 0)
+
+
+def test_the_environ_of_a_request() -> None:
+    environ: dict[str, Any] = {"wsgi.url_scheme": "http"}
+    head = b"POST /v1/a%2Fb?x=%20#no HTTP/1.1\r\nHost: h\r\nAccept: a\r\naccept:b \r\nX_Y: no"
+    assert parse(head + b"\r\nContent-Length: 007\r\nContent-Type: t", environ) == (True, 7)
+    assert environ == {
+        "wsgi.url_scheme": "http",
+        "REQUEST_METHOD": "POST",
+        "RAW_URI": "/v1/a%2Fb?x=%20#no",
+        "PATH_INFO": "/v1/a/b",
+        "QUERY_STRING": "x=%20",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "HTTP_HOST": "h",
+        "HTTP_ACCEPT": "a,b",
+        "CONTENT_LENGTH": "007",
+        "CONTENT_TYPE": "t",
+    }
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_a_head_that_trickles_has_one_time_limit_for_all_of_it(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    stop = threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.02):
+            theirs.sendall(b"A")
+
+    sender = threading.Thread(target=trickle)
+    sender.start()
+    try:
+        with pytest.raises(TimeoutError):
+            RequestReader(ours).head(0.3)
+    finally:
+        stop.set()
+        sender.join()
+
+
+def test_an_application_that_fails_is_answered_and_the_connection_ends(
+    pair: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = pair
+
+    def fails(environ: dict[str, Any], start_response: Any) -> Any:
+        environ["gateway.request_id"] = "mine"
+        raise RuntimeError("a bug")
+
+    environ: dict[str, Any] = {}
+    parse(b"GET /v1/models HTTP/1.1", environ)
+    with pytest.raises(ConnectionEnded):
+        Response(ours, environ, RequestBody(RequestReader(ours), 0), True).send(fails)
+    head, _, body = theirs.recv(65536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 500 ")
+    assert b"\r\nX-Request-Id: mine" in head
+    assert b"\r\nConnection: close" in head
+    assert b'"type":"server_error"' in body
+    assert b"a bug" not in body
+    assert "a bug" in caplog.text
+
+
+def test_a_body_is_invited_once_and_only_when_it_is_read() -> None:
+    invitations: list[float] = []
+    body = RequestBody(
+        RequestReader(Pieces(b"abc")), 3, lambda: invitations.append(time.monotonic())
+    )
+    assert not body.spare()
+    assert invitations == []
+    assert (body.read(1), body.read(1), body.read()) == (b"a", b"b", b"c")
+    assert len(invitations) == 1

@@ -1,0 +1,171 @@
+"""The shared state: every worker sees a change at once, and it survives."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import gevent
+import pytest
+
+from gateway.state import Active, Batch, StoreError, open_store
+from gateway.state.sqlite import SqliteStore
+
+DEFAULTS = {"temperature": 0.5, "stopStrings": ["a", "ü"], "stream": True, "topK": 10**9}
+ACTIVE = Active("key", "instance", "llm", DEFAULTS)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "er" / "state.db"
+
+
+@pytest.fixture
+def pair(path: Path) -> Iterator[tuple[SqliteStore, SqliteStore]]:
+    first, second = SqliteStore(path), SqliteStore(path)
+    yield first, second
+    first.close()
+    second.close()
+
+
+def test_a_new_store_has_no_active_model(pair: tuple[SqliteStore, SqliteStore]) -> None:
+    assert pair[0].active() is pair[1].active() is None
+
+
+def test_a_change_is_seen_by_the_other_at_once(pair: tuple[SqliteStore, SqliteStore]) -> None:
+    first, second = pair
+    for number in range(200):
+        active = Active(f"key-{number}", None, "llm", {"maxTokens": number})
+        writer, reader = (first, second) if number % 2 else (second, first)
+        writer.set_active(active)
+        assert reader.active() == active
+        assert writer.active() == active
+    first.set_active(None)
+    assert second.active() is None
+
+
+def test_concurrent_writers_leave_one_value_that_all_agree_on(
+    pair: tuple[SqliteStore, SqliteStore],
+) -> None:
+    def write(store: SqliteStore, name: str) -> None:
+        for number in range(50):
+            store.set_active(Active(f"{name}-{number}", None, "llm"))
+
+    threads = [
+        threading.Thread(target=write, args=(store, name))
+        for store, name in zip(pair, "ab", strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    last = pair[0].active()
+    assert last == pair[1].active()
+    assert last is not None
+    assert last.model_key in ("a-49", "b-49")
+
+
+def test_the_active_model_survives_a_reopening(path: Path) -> None:
+    store = SqliteStore(path)
+    store.set_active(ACTIVE)
+    store.close()
+    again = SqliteStore(path)
+    assert again.active() == ACTIVE
+    again.close()
+
+
+def test_reading_again_and_again_gives_the_same_object(
+    pair: tuple[SqliteStore, SqliteStore],
+) -> None:
+    pair[0].set_active(ACTIVE)
+    assert pair[1].active() is pair[1].active()
+
+
+def test_the_injected_model_is_the_instance_or_the_key() -> None:
+    assert ACTIVE.model == "instance"
+    assert Active("key", None, "llm").model == "key"
+    assert ACTIVE.default_texts["stopStrings"] == '["a", "ü"]'
+    assert ACTIVE.default_texts["stream"] == "true"
+
+
+def rename_table(path: Path, old: str, new: str) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+
+def test_a_failed_write_is_an_error_and_changes_nothing(
+    pair: tuple[SqliteStore, SqliteStore], path: Path
+) -> None:
+    pair[0].set_active(ACTIVE)
+    assert pair[0].active() == ACTIVE
+    rename_table(path, "state", "gone")
+    with pytest.raises(StoreError) as caught:
+        pair[0].set_active(None)
+    assert (caught.value.status, caught.value.code) == (503, "state_unavailable")
+    assert pair[0].active() == ACTIVE
+
+
+def test_a_write_that_waits_for_a_lock_keeps_no_other_greenlet_waiting(
+    pair: tuple[SqliteStore, SqliteStore], path: Path
+) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        releasing = gevent.spawn_later(0.2, other.rollback)
+        pair[0].set_active(ACTIVE)
+        assert releasing.ready()
+    assert pair[1].active() == ACTIVE
+
+
+def test_a_failed_read_gives_the_last_known_value_until_the_disk_is_well_again(
+    pair: tuple[SqliteStore, SqliteStore], path: Path
+) -> None:
+    pair[0].set_active(ACTIVE)
+    assert pair[1].active() == ACTIVE
+    newer = Active("newer", None, "llm")
+    pair[0].set_active(newer)
+    rename_table(path, "state", "gone")
+    assert pair[1].active() == ACTIVE
+    rename_table(path, "gone", "state")
+    assert pair[1].active() == newer
+
+
+def test_the_url_names_the_file_and_empty_means_the_instance_folder(tmp_path: Path) -> None:
+    open_store(f"sqlite:///{tmp_path}/a.db", "/nowhere").close()
+    open_store("", str(tmp_path / "instance")).close()
+    assert (tmp_path / "a.db").exists()
+    assert (tmp_path / "instance" / "state.db").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", Path("/proc/1")):
+        with pytest.raises(StoreError) as caught:
+            open_store(f"sqlite:///{folder}/state.db", "")
+        assert str(folder) in caught.value.message
+
+
+def test_no_process_is_asked_for_a_sign_of_life_on_windows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``os.kill(pid, 0)`` ends the process there."""
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("os.kill", lambda *_: pytest.fail("killed"))
+    first = SqliteStore(path)
+    first.append(Batch([("inference_start", b"{}")], {"a": b'{"name": "own"}'}))
+    assert first.in_flight() == [{"name": "own"}]
+    monkeypatch.setattr("gateway.state.process._BORN", 1)
+    second = SqliteStore(path)  # a later process with the same number
+    assert second.in_flight() == []
+    assert second.take_lost() == [{"name": "own"}]
+    first.close()
+    second.close()
+
+
+def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.write_bytes(b"this is not a database" * 100)
+    with pytest.raises(StoreError, match="not a database"):
+        open_store(f"sqlite:///{path}", "")
