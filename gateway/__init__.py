@@ -4,4 +4,4 @@
 :mod:`gateway.commands`) runs it.
 """
 
-__version__ = "0.1.0"
+from gateway.version import __version__ as __version__

@@ -13,7 +13,7 @@ from flask import Flask, Response, request
 from flask.json.provider import JSONProvider
 from werkzeug.exceptions import HTTPException
 
-from gateway import admin, debug, front, openapi, proxy, settings
+from gateway import admin, debug, front, openapi, proxy, settings, version
 from gateway.admin import Models
 from gateway.errors import GatewayError, dumps
 from gateway.lmstudio import Upstream, get_link
@@ -85,6 +85,7 @@ def create_app(configured: settings.Settings | None = None) -> Flask:
     app.response_class = _Response
     app.url_map.merge_slashes = False  # a path means itself; no redirects
     app.url_map.strict_slashes = False
+    version.commit()  # now: by the first request a checkout may be at another one
     parts = _build(configured or settings.load(), app.instance_path)
     app.extensions["gateway"] = parts
     app.register_error_handler(GatewayError, _gateway_error)

@@ -7,12 +7,26 @@ from typing import Any
 
 import click
 
-from gateway import __version__
+from gateway import version
 from gateway.commands import models, watching
 
 
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(f"lmstudio-gateway, version {version.identity()}")
+        context.exit()
+
+
+# click's own version_option needs the text when this module is imported
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="lmstudio-gateway")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and the commit, and exit.",
+)
 def main() -> None:
     """A gateway in front of LM Studio.
 

@@ -8,7 +8,7 @@ from typing import Any
 import gevent
 from flask import Blueprint, current_app
 
-from gateway import __version__
+from gateway import version
 from gateway.clock import timestamp
 from gateway.errors import GatewayError
 from gateway.state import StoreError
@@ -32,7 +32,8 @@ def health() -> dict[str, Any]:
         "status": "ok" if well else "degraded",
         "timestamp": timestamp(time.time()),
         "uptime": round(time.monotonic() - parts.started, 3),
-        "version": __version__,
+        "version": version.__version__,
+        "commit": version.commit(),
         "lmstudio": lmstudio,
         "state": state.value,
     }

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from gateway import version
 from gateway.errors import SHORTHAND
 from gateway.observe.record import Record
 
@@ -111,6 +112,7 @@ class Metrics:
     def exposition(self, upstream_up: Callable[[], bool]) -> bytes:
         """The text of ``/metrics``."""
         registry = CollectorRegistry()
+        registry.register(_Build())
         registry.register(_Up(upstream_up))
         registry.register(_Everything(self._collector()))
         return generate_latest(registry)
@@ -151,6 +153,17 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         mode: Any = "livesum"
         return Gauge(f"{PREFIX}_{name}", text, multiprocess_mode=mode, registry=self._registry)
+
+
+class _Build(Collector):
+    """The version of the gateway and its commit, as labels."""
+
+    def collect(self) -> Iterable[Metric]:
+        labels = {"version": version.__version__, "commit": version.commit() or "unknown"}
+        yield InfoMetricFamily(f"{PREFIX}_build", "The version and the commit.", value=labels)
+
+    def describe(self) -> Iterable[Metric]:
+        return []
 
 
 class _Up(Collector):

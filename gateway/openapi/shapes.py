@@ -187,6 +187,7 @@ SHAPES: dict[str, Json] = {
         timestamp="time",
         uptime="number",
         version="string",
+        commit="string?",
         lmstudio="Sign",
         state="Sign",
     ),

@@ -32,6 +32,7 @@ LAYERS = (
     "sockets",
     "clock",
     "errors",
+    "version",
 )
 #: Packages that cost much to import or may be missing: functions may import them late.
 HEAVY = {
@@ -106,7 +107,11 @@ def own(found: Import) -> str:
 
 
 def test_every_package_and_module_has_its_layer() -> None:
-    parts = {path.name.removesuffix(".py") for path in GATEWAY.iterdir() if path.suffix != ".typed"}
+    parts = {
+        path.name.removesuffix(".py")
+        for path in GATEWAY.iterdir()
+        if path.is_dir() or path.suffix == ".py"
+    }
     assert parts - {"__init__", "__pycache__"} == {*LAYERS, "simulator"}
 
 
