@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
 
 def test_every_instruction_is_one() -> None:
     known = {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK"}
-    assert {name for name, _ in instructions()} <= known | {"CMD"}
+    assert {name for name, _ in instructions()} <= known | {"ARG", "CMD"}
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
@@ -94,6 +94,15 @@ def test_it_runs_a_real_command_and_not_as_root() -> None:
     assert environment()["PATH"].startswith(f"{target}/bin:")
     # of a build there is nothing left
     assert not re.search(r"apt-get|gcc|build-essential", " ".join(of("RUN")))
+
+
+def test_the_build_gets_the_commit() -> None:
+    (variable,) = re.findall(r'^VARIABLE = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    names = [name for name, _ in instructions()]
+    assert of("ARG") == [f"{variable}="]
+    # in the first stage, before the installation
+    assert names.index("ARG") < names.index("RUN")
+    assert SERVICE["build"]["args"] == {variable: f"${{{variable}:-}}"}
 
 
 def test_the_settings_are_real_ones_and_make_sense() -> None:
