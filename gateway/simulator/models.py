@@ -1,4 +1,4 @@
-"""The models: which are "downloaded", which load settings apply, what is loaded and until when."""
+"""The models: the "downloaded" ones, their load settings, and what is loaded for how long."""
 
 import time
 from collections import deque
@@ -42,10 +42,11 @@ reranker future-reranker future bert 1B 1 512 - gguf
 llm future-format-8b future llama 8B 1 8192 - hologram"""
 _ROWS = [_model(row) for row in _TABLE.splitlines()]
 MODELS = {model["modelKey"]: model for model in _ROWS[:-2]}
-#: What a newer LM Studio might list: a kind and a file format that the SDK's types don't know.
+#: Models that a newer LM Studio might list: the SDK's types don't know the one's kind and the
+#: other's file format.
 UNFAMILIAR_MODELS = _ROWS[-2:]
 
-#: Load setting → default, which shows the form of its values (lmstudio/_kv_config.py, 1.5.0).
+#: Load setting → default, which has the form of its values (lmstudio/_kv_config.py, 1.5.0).
 _ANY_MODEL: JsonObject = {
     "contextLength": 4096, "llama.acceleration.offloadRatio": "max", "llama.tryMmap": True,
     "llama.keepModelInMemory": True, "llama.ropeFrequencyBase": {"checked": False, "value": 0},
@@ -65,11 +66,11 @@ _WORDS = ({"max", "off"}, {"evenly", "priorityOrder", "custom"}, _TYPES)
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Say whether a setting's value has the form of its default."""
+    """Whether a setting's value has the form of its default."""
     match default, value:
         case ({"checked": _}, {"checked": False}) | (bool(), bool()) | ("f16", bool()):
             return True
-        case dict(), dict():  # a checkbox, for one: its bare value doesn't fit
+        case dict(), dict():  # such as a checkbox, whose bare value does not fit
             return all(_fits(value.get(name), default[name]) for name in default)
         case list(), list():
             return all(_fits(one, 0) for one in value)
@@ -85,7 +86,7 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 class Refusal(Exception):
-    """LM Studio's error object; of its ``displayData``, clients classify on the ``code``."""
+    """LM Studio's error object; clients classify errors by the ``code`` in ``displayData``."""
 
     def __init__(self, title: str, cause: str = "", **display: Any) -> None:
         super().__init__(title)
@@ -95,7 +96,7 @@ class Refusal(Exception):
 
 @dataclass(eq=False)
 class Instance:
-    """A model from the wish to load it on; ``GET /_simulator/state`` shows it with these names."""
+    """A model from the request to load it on; ``GET /_simulator/state`` shows these fields."""
 
     namespace: str  #: ``llm`` or ``embedding``
     modelKey: str
@@ -108,7 +109,7 @@ class Instance:
     ignored: JsonObject = field(default_factory=dict)
     contextLength: int = 0  #: in tokens
     instanceReference: str = field(default_factory=lambda: uuid4().hex)
-    lastUsedTime: int | None = None  #: when its last inference is over, in epoch ms
+    lastUsedTime: int | None = None  #: the end of its last inference, in epoch ms
 
     def info(self) -> JsonObject:
         """Return the model's fields and those of the instance, as ``listLoaded`` gives them."""
@@ -116,12 +117,12 @@ class Instance:
         return MODELS[self.modelKey] | {name: getattr(self, name) for name in own}
 
     def cancel(self) -> None:
-        """Let the load end at its next step, if it is still going on."""
+        """Cancel the load, if it is still in progress, at its next step."""
         self.outcome = "cancelled" if self.outcome == "loading" else self.outcome
 
 
 class Memory:
-    """All loaded instances by identifier, and every load that was tried."""
+    """All loaded instances by identifier, and every attempted load."""
 
     def __init__(self) -> None:
         self.instances: dict[str, Instance] = {}
@@ -132,7 +133,7 @@ class Memory:
         return [one for one in self.instances.values() if one.namespace == namespace]
 
     def find(self, namespace: str, specifier: JsonObject, code: str = _NO_MATCH) -> Instance:
-        """Return the first loaded instance that is specified, or refuse with the code."""
+        """Return the first loaded instance that matches, or raise Refusal with the code."""
         query = specifier.get("query") or {}
         if reference := specifier.get("instanceReference"):
             query, code = {"instanceReference": reference}, "generic.specificModelUnloaded"
@@ -144,26 +145,30 @@ class Memory:
         title = f"Cannot find a loaded model: {query}"
         raise Refusal(title, code=code, query=query, loadedModelsSample=sample)
 
-    def load(self, new: Instance, flaw: str | None, seconds: float = 0) -> Iterator[JsonObject]:
-        """Load in the calling greenlet, yielding what LM Studio tells; may end in a Refusal."""
+    def load(self, new: Instance, failure: str | None, seconds: float = 0) -> Iterator[JsonObject]:
+        """Load in the calling greenlet, yielding LM Studio's messages; raise Refusal on failure.
+
+        ``failure`` makes the load fail with this cause; ``seconds`` 0 takes as long as the size of
+        the model suggests.
+        """
         self.loads.append(new)
         try:
             size = self._prepare(new)["sizeBytes"] / 1e9
             yield {"type": "resolved", "info": MODELS[new.modelKey]}
             if size > 100:
-                flaw = f"insufficient memory: the model needs about {size:.2f} GB."
+                failure = f"insufficient memory: the model needs about {size:.2f} GB."
             seconds = seconds or min(max(size / 8.5, 0.1), 5)
             steps = max(20, int(seconds * 20))
             for step in range(1, steps + 1):
                 gevent.sleep(seconds / steps)
                 if new.outcome == "cancelled":
                     raise Refusal("Failed to load model", "Operation canceled.")
-                if flaw and step > 5:
-                    raise Refusal("Failed to load model", flaw)
+                if failure and step > 5:
+                    raise Refusal("Failed to load model", failure)
                 new.progress = step / steps
                 yield {"type": "progress", "progress": new.progress}
-        except BaseException as failure:  # also: greenlet killed, nobody left to hear of progress
-            ended = "failed" if isinstance(failure, Refusal) else "cancelled"
+        except BaseException as error:  # also a killed greenlet, or a generator that is closed
+            ended = "failed" if isinstance(error, Refusal) else "cancelled"
             new.outcome = ended if new.outcome == "loading" else new.outcome
             raise
         self.instances[new.identifier], new.outcome = new, "loaded"
@@ -172,7 +177,7 @@ class Memory:
         yield {"type": "success", "info": new.info()}
 
     def _prepare(self, new: Instance) -> JsonObject:
-        """Give it a free identifier and the settings that apply; the others don't, silently."""
+        """Give it a free identifier and the settings that apply; ignore the others silently."""
         key, model = new.modelKey, MODELS.get(new.modelKey)
         if model is None:
             title = f"Cannot find a model with path or key: {key}"
@@ -198,7 +203,7 @@ class Memory:
         return model
 
     def _expire(self, instance: Instance, loaded: float, ttl: int) -> None:
-        """Unload an instance once it has been idle for its TTL; all in ms."""
+        """Unload an instance once it has been idle for its TTL; all times are in ms."""
         while (left := (instance.lastUsedTime or loaded) + ttl - time.time() * 1000) > 0:
             gevent.sleep(left / 1000)
         if self.instances.get(instance.identifier) is instance:

@@ -1,140 +1,76 @@
 """One port for everything: HTTP with its faults, WebSocket upgrades, TLS, and control paths.
 
-Tests steer and question the simulator below ``/_simulator/`` (see ``Simulator.control``) and with
-headers of a request: ``X-Simulator-Fault`` (names of the tables here, with commas between them),
-``X-Simulator-Pace-Ms`` (between two tokens), ``-Prefill-Ms`` and ``-Head-Delay-Ms``.
+Tests control and inspect the simulator below ``/_simulator/`` (see :meth:`.Simulator.control`) and
+with request headers: ``X-Simulator-Fault`` (comma-separated names of the tables here),
+``X-Simulator-Pace-Ms`` (between two tokens), ``-Prefill-Ms`` (before the response) and
+``-Head-Delay-Ms`` (between its head and its body).
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 import signal
 import socket
 import ssl
 import struct
 import time
 import zlib
-from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from http import HTTPStatus
 from itertools import chain, count, islice
-from typing import Any, get_type_hints
-from urllib.parse import parse_qs
+from typing import Any
 
 import gevent
 from gevent.event import Event
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
-from gateway.simulator.http_api import Answer, Reply, encoded, failure, respond
-from gateway.simulator.models import JsonObject, Memory
+from gateway.simulator.http_api import Request, respond
+from gateway.simulator.models import JsonObject
+from gateway.simulator.response import Reply, Response, encoded, error_response
+from gateway.simulator.state import Simulator
 from gateway.simulator.websocket import Session
 
-#: Bodies beyond this many bytes are recorded as length and digest only; answers are cut there.
+#: Request bodies beyond this many bytes are recorded as length and digest only; the records of
+#: response bodies are cut there.
 _BODY_LIMIT = 1 << 20
 _CRASH = "The model has crashed without additional information. (Exit code: 6)"
-_BUSY = failure(429, "Too many requests.", type="requests", code="rate_limit_exceeded")
+_BUSY = error_response(429, "Too many requests.", type="requests", code="rate_limit_exceeded")
 _BUSY.headers["Retry-After"] = "1"
-#: Faults that replace the answer.
+#: Faults that replace the response.
 _REPLACEMENTS = {
-    "refuse-500": Answer("<html><body><h1>500 Internal Server Error</h1></body></html>", 500),
-    "error-string-500": Answer({"error": _CRASH}, 500),
+    "refuse-500": Response("<html><body><h1>500 Internal Server Error</h1></body></html>", 500),
+    "error-string-500": Response({"error": _CRASH}, 500),
     "status-429": _BUSY,
-    "error-200": Answer({"error": _CRASH}),
-    "error-200-object": failure(200, _CRASH),
-    "error-200-stream": Answer({"error": _CRASH}),
+    "error-200": Response({"error": _CRASH}),
+    "error-200-object": error_response(200, _CRASH),
+    "error-200-stream": Response({"error": _CRASH}),
 }
-#: Faults that end a stream after three tokens, and with what.
+#: Faults that end a stream after three tokens, each with the bytes that it sends instead.
 _ENDS = {
     "break-stream": "",
     "silent-stream": "",
     "error-in-stream-event": f'event: error\ndata: {{"error": {{"message": "{_CRASH}"}}}}\n\n',
     "error-in-stream-data": f'data: {{"error": "{_CRASH}"}}\n\n',
 }
-#: Faults that spoil the answer, so that the exchange is recorded with the outcome ``fault``.
-_SPOILING = {*_REPLACEMENTS, *_ENDS, "close-before-head", "garbage-head", "break-plain"}
-#: Faults that only change how a right answer travels.
+#: Faults that break the response: the exchange is recorded with the outcome ``fault``.
+_BREAKING = {*_REPLACEMENTS, *_ENDS, "close-before-head", "garbage-head", "break-plain"}
+#: Faults that only change how an intact response is sent.
 _SHAPING = {"gzip", "split-bytes", "crlf", "big-answer", "one-chunk", "no-length"}
 _ids = count(1)
 
 
-@dataclass
-class Switches:
-    """The faults of ``POST /_simulator/faults``; every field is one switch."""
-
-    refuse_websockets: bool = False  #: 503 to every WebSocket upgrade
-    silent_after_upgrade: bool = False  #: the authentication frame is never answered
-    silent_rpc: bool = False  #: no RPC is answered
-    silent_http: bool = False  #: ``/v1`` and the greeting hang until this is off
-    fail_loads: str | None = None  #: every load fails with this cause
-    load_ms: int = 0  #: how long a load takes, if not as long as its model's size says
-    unknown_model_type: bool = False  #: two models that the SDK's types don't know are listed
-
-
-class Simulator:
-    """Everything that one running simulator knows; ``pace_ms`` is the time between two tokens."""
-
-    def __init__(self, token: str | None, pace_ms: float) -> None:
-        self.token, self.pace_ms = token or None, pace_ms
-        self.sessions: set[Session] = set()
-        self._reset()
-
-    def control(self, method: str, target: str, body: bytes) -> Answer:
-        """Answer one control request."""
-        path, _, query = target.partition("?")
-        match method, path.removeprefix("/_simulator/"):
-            case "POST", "faults":
-                wanted, kinds = json.loads(body), get_type_hints(Switches)
-                if wanted.pop("drop_sockets", False):
-                    for session in list(self.sessions):
-                        session.drop()
-                for name, value in wanted.items():
-                    if name not in kinds or not isinstance(value, kinds[name]):
-                        return Answer({"error": f"no such fault, or a bad value: {name}"}, 400)
-                vars(self.switches).update(wanted)
-                return Answer(vars(self.switches))
-            case "POST", "reset":
-                for load in self.memory.loads:
-                    load.cancel()
-                self._reset()
-                return Answer({})
-            case "GET", "state":
-                state = {
-                    "loaded": [vars(one) for one in self.memory.instances.values()],
-                    "loads": [vars(one) for one in self.memory.loads],
-                    "sockets": Counter(session.namespace for session in self.sessions),
-                    "socketsOpened": self.opened,
-                    "warnings": list(self.warnings),
-                    "clients": list(self.clients),
-                }
-                return Answer(state)
-            case "GET", "requests":
-                since = int(parse_qs(query).get("since", ["0"])[0])
-                return Answer({"requests": [one for one in self.records if one["id"] > since]})
-        return Answer({"error": f"no such control path: {method} {path}"}, 404)
-
-    def _reset(self) -> None:
-        """Switch faults off, unload everything and clear the records; sockets stay open."""
-        self.switches, self.memory = Switches(), Memory()
-        self.records: deque[JsonObject] = deque(maxlen=2000)  # see Handler._exchange
-        self.warnings: deque[str] = deque(maxlen=1000)
-        self.clients: deque[str] = deque(maxlen=1000)
-        self.opened = Counter(session.namespace for session in self.sessions)
-
-
 class Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types here
-    """One connection. gevent parses the requests; the answers are written raw, not by WSGI."""
+    """One connection. gevent parses the requests; the responses bypass WSGI and are written raw."""
 
-    _patience = 60.0
+    _idle_timeout = 60.0  # s
 
     def read_requestline(self) -> str:
-        """Wait for the next request, but only 5 s once one was answered, as LM Studio does."""
+        """Wait for the next request: 60 s for the first, then 5 s as LM Studio does."""
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.settimeout(self._patience)
-        self._patience = 5.0
+        self.socket.settimeout(self._idle_timeout)
+        self._idle_timeout = 5.0
         line: str = super().read_requestline()
         self.socket.settimeout(None)
         return line
@@ -151,22 +87,22 @@ class Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types here
             elif self.headers.get("Upgrade", "").lower() != "websocket":
                 self._exchange()
             elif self.simulator.switches.refuse_websockets:
-                self._deliver(Answer({}, 503, Connection="close"))
+                self._deliver(Response({}, 503, Connection="close"))
             else:
                 self.close_connection = True
-                Session(self).serve()
+                Session(self.simulator, self).serve()
         except OSError:
             self.close_connection = True
 
     def abort(self) -> None:
-        """Reset the TCP connection; nothing may be reading from it."""
+        """Reset the TCP connection; no greenlet may be reading from it."""
         self.close_connection = True
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.rfile.close()
         self.socket.close()
 
     def _exchange(self) -> None:
-        """Answer a request of LM Studio's API, and record all of it as it is on the wire."""
+        """Answer a request of LM Studio's API; record request and response as on the wire."""
         self.record = record = {
             "id": next(_ids), "method": self.command, "target": self.path,
             "headers": list(self.headers.items()), "body": b"", "bodyLength": 0, "bodySha256": "",
@@ -181,7 +117,7 @@ class Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types here
             record["body"] = body if len(body) <= _BODY_LIMIT else b""
             watcher.start()
             outcome = self._answer(body)
-        except ConnectionAbortedError:  # the fault that was asked for
+        except ConnectionAbortedError:  # raised below, by a fault
             outcome = "fault"
             watcher.kill()
             self.abort()
@@ -192,13 +128,13 @@ class Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types here
     def _watch(self, owner: gevent.Greenlet[..., object]) -> None:
         """Kill the greenlet that answers as soon as the client closes its connection."""
         with suppress(OSError, ValueError):
-            # A peek leaves a pipelined request in the buffer, and unlike MSG_PEEK works with TLS.
+            # peek() leaves a pipelined request in the buffer and, unlike MSG_PEEK, works with TLS
             if self.rfile.peek(1):
                 return
         owner.kill(block=False)
 
     def _answer(self, body: bytes) -> str:
-        """Answer the request as its headers want it, and return the outcome."""
+        """Answer the request with the faults and pace of its headers; return the outcome."""
         while self.simulator.switches.silent_http and self.path.startswith(("/v1/", "/lmstudio-")):
             gevent.sleep(0.02)
         names = self.headers.get("X-Simulator-Fault", "").split(",")
@@ -212,35 +148,39 @@ class Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types here
         if "garbage-head" in self.faults:
             self.close_connection = True
             self.socket.sendall(b"\x16\x03 this is no HTTP \xff\r\n\r\n")
-        elif unknown := self.faults - _SPOILING - _SHAPING:  # or a typing error lets a test pass
-            self._deliver(failure(400, f"no such fault: {', '.join(sorted(unknown))}"))
+        elif unknown := self.faults - _BREAKING - _SHAPING:  # a typo must not let a test pass
+            self._deliver(error_response(400, f"Unknown fault: {', '.join(sorted(unknown))}"))
         else:
-            self._deliver(replaced[0] if replaced else respond(self, body))
-        return "fault" if self.faults & _SPOILING else "complete"
+            self._deliver(replaced[0] if replaced else self._respond(body))
+        return "fault" if self.faults & _BREAKING else "complete"
 
-    def _deliver(self, answer: Answer) -> None:
-        """Send the answer in the way that the faults want it."""
+    def _respond(self, body: bytes) -> Response:
+        request = Request(self.command, self.path, self.headers, body, self.faults, self.pace)
+        return respond(self.simulator, request)
+
+    def _deliver(self, response: Response) -> None:
+        """Send the response in the shape that the faults ask for."""
         faults, chunked = self.faults, False
-        headers = {"Content-Type": "application/json; charset=utf-8", **answer.headers}
+        headers = {"Content-Type": "application/json; charset=utf-8", **response.headers}
         if "gzip" in faults:
             headers["Content-Encoding"] = "gzip"
-        if isinstance(answer.content, tuple):
+        if isinstance(response.content, tuple):
             headers["Content-Type"] = "text/event-stream"
             chunked = self.request_version == "HTTP/1.1"
             headers |= {"Transfer-Encoding": "chunked"} if chunked else {"Connection": "close"}
-            writes = _shaped(faults, self._interrupted(answer.content))
+            writes = _shaped(faults, self._interrupted(response.content))
         else:
-            body = encoded(answer.content)
-            if isinstance(answer.content, str):
-                headers["Content-Type"], body = "text/html", answer.content.encode()
+            body = encoded(response.content)
+            if isinstance(response.content, str):
+                headers["Content-Type"], body = "text/html", response.content.encode()
             body = gzip.compress(body) if "gzip" in faults else body
             writes = iter([body] if self.command != "HEAD" else [])
             length = {"Content-Length": str(len(body) + 100 * ("break-plain" in faults))}
             headers |= {"Connection": "close"} if "no-length" in faults else length
         if headers.get("Connection") == "close" or "break-plain" in faults:
             self.close_connection = True
-        self.record |= {"status": answer.status, "sentHeaders": list(headers.items())}
-        lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
+        self.record |= {"status": response.status, "sentHeaders": list(headers.items())}
+        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
         lines += [f"{name}: {text}" for name, text in headers.items()]
         self.socket.sendall("\r\n".join([*lines, "", ""]).encode())
         gevent.sleep(self.head_delay)
@@ -250,14 +190,14 @@ class Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types here
             self.socket.sendall(b"%x\r\n%b\r\n" % (len(write), write) if chunked else write)
 
     def _interrupted(self, reply: Reply) -> Iterator[bytes]:
-        """Yield the reply's events, paced, until their end or the fault that was asked for."""
+        """Yield the reply's events at the pace, up to their end or to the fault."""
         fault = next(iter(self.faults & _ENDS.keys()), None)
-        hurried = self.faults & {"one-chunk", "split-bytes"}
+        unpaced = self.faults & {"one-chunk", "split-bytes"}
         _, opening, tokens, closing = reply
         yield from opening
         for token in islice(tokens, 3 if fault else None):
             yield token
-            if not hurried:
+            if not unpaced:
                 gevent.sleep(self.pace)
         if fault == "break-stream":
             raise ConnectionAbortedError
@@ -267,13 +207,15 @@ class Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types here
 
 
 def _shaped(faults: set[str], events: Iterator[bytes]) -> Iterator[bytes]:
-    """Turn events into the byte strings of the single writes."""
+    """Turn events into the bytes of each write."""
     if "crlf" in faults:
         events = (event.replace(b"\n", b"\r\n") for event in events)
-    if "gzip" in faults:  # event by event, so that each can be read when it arrives
-        squeeze = zlib.compressobj(wbits=31)
-        zipped = (squeeze.compress(event) + squeeze.flush(zlib.Z_SYNC_FLUSH) for event in events)
-        events = chain(zipped, (squeeze.flush() for _ in range(1)))
+    if "gzip" in faults:  # flushed after each event, so that a client can read it on arrival
+        compressor = zlib.compressobj(wbits=31)
+        zipped = (
+            compressor.compress(event) + compressor.flush(zlib.Z_SYNC_FLUSH) for event in events
+        )
+        events = chain(zipped, (compressor.flush() for _ in range(1)))
     if "one-chunk" in faults:
         events = iter([b"".join(events)])
     if "split-bytes" in faults:
@@ -282,7 +224,7 @@ def _shaped(faults: set[str], events: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def serve(host: str, port: int, tls_cert: str, tls_key: str, **simulated: Any) -> None:
-    """Listen, say where, and serve until SIGINT or SIGTERM."""
+    """Listen, print the URL, and serve until SIGINT or SIGTERM; OSError if it can't listen."""
     options: dict[str, Any] = {"backlog": 4096, "log": None, "error_log": None}
     if tls_cert:
         options["ssl_context"] = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

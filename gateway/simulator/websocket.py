@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from email.message import Message
+from io import BufferedReader
+from typing import Any, Protocol
 
 import gevent
 from gevent.lock import RLock
@@ -15,45 +17,58 @@ from wsproto.events import AcceptConnection, CloseConnection, Event, Ping, TextM
 from wsproto.utilities import ProtocolError
 
 from gateway.simulator.models import MODELS, UNFAMILIAR_MODELS, Instance, JsonObject, Refusal
-
-if TYPE_CHECKING:
-    from gateway.simulator.server import Handler
+from gateway.simulator.state import Simulator
 
 
 class Dropped(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types here
-    """Ends the greenlet of a socket that a test cuts."""
+    """Raised in the greenlet of a socket that a test drops."""
+
+
+class Connection(Protocol):
+    """The HTTP connection that a session takes over, its request read up to the end of the head."""
+
+    path: str
+    headers: Message
+    socket: socket.socket
+    rfile: BufferedReader
+
+    def abort(self) -> None:
+        """Reset the TCP connection."""
 
 
 class Session:
     """One WebSocket, from the upgrade to its end."""
 
-    def __init__(self, handler: Handler) -> None:
-        self.namespace = handler.path.partition("?")[0].strip("/")
-        self._handler, self._simulator = handler, handler.simulator
-        #: Cuts the TCP connection with a reset, from any greenlet.
-        self.drop = partial(gevent.getcurrent().kill, Dropped, block=False)
+    def __init__(self, simulator: Simulator, http: Connection) -> None:
+        self.namespace = http.path.partition("?")[0].strip("/")
+        self._simulator, self._http = simulator, http
+        self._greenlet = gevent.getcurrent()
         self._connection = WSConnection(ConnectionType.SERVER)
         self._sending = RLock()  # frames of parallel loads must not mix
         self._loads: dict[int, Instance] = {}  # by channel
 
+    def drop(self) -> None:
+        """Reset the TCP connection, from any greenlet."""
+        self._greenlet.kill(Dropped, block=False)
+
     def serve(self) -> None:
-        """Talk until either side ends it; running loads are cancelled then."""
-        self._simulator.sessions.add(self)
+        """Exchange messages until either side closes; loads in progress are cancelled then."""
+        self._simulator.sockets.add(self)
         self._simulator.opened[self.namespace] += 1
         try:
-            headers = [(key.encode(), text.encode()) for key, text in self._handler.headers.items()]
-            self._connection.initiate_upgrade_connection(headers, self._handler.path)
+            headers = [(key.encode(), text.encode()) for key, text in self._http.headers.items()]
+            self._connection.initiate_upgrade_connection(headers, self._http.path)
             self._send_event(AcceptConnection())
             messages = self._messages()
             if self._authenticate(messages):
                 for message in messages:
                     self._handle(message)
         except Dropped:
-            self._handler.abort()
+            self._http.abort()
         except (OSError, ProtocolError, ValueError):
-            pass  # the client is gone, or sent no JSON
+            pass  # the client disconnected or sent no JSON
         finally:
-            self._simulator.sessions.discard(self)
+            self._simulator.sockets.discard(self)
             for load in self._loads.values():
                 load.cancel()
 
@@ -62,12 +77,12 @@ class Session:
 
     def _send_event(self, event: Event) -> None:
         with self._sending:
-            self._handler.socket.sendall(self._connection.send(event))
+            self._http.socket.sendall(self._connection.send(event))
 
     def _messages(self) -> Iterator[Any]:
         """Yield the JSON of each message; answer pings and the closing handshake."""
         text = ""
-        while data := self._handler.rfile.read1(65536):
+        while data := self._http.rfile.read1(65536):
             self._connection.receive_data(data)
             for event in self._connection.events():
                 if isinstance(event, Ping | CloseConnection):
@@ -84,7 +99,7 @@ class Session:
         """Answer the first message; a token ``sk-lm-ID:KEY`` is sent as identifier and passkey."""
         hello, token = next(messages, None), self._simulator.token
         if self._simulator.switches.silent_after_upgrade:
-            return any(False for _ in messages)  # not answered once the switch is off, either
+            return any(False for _ in messages)  # reads on; stays silent after the switch is off
         match hello:
             case {"authVersion": 1, "clientIdentifier": name, **more}:
                 if token in (None, f"sk-lm-{name}:{more.get('clientPasskey')}"):
@@ -104,7 +119,7 @@ class Session:
             case {"type": "channelCreate", "endpoint": "loadModel", "channelId": int(number)}:
                 replies = self._load(number, message.get("creationParameter"))
                 gevent.spawn(self._answer, replies, type="channelError", channelId=number)
-                gevent.sleep(0)  # let it begin, so that it can be cancelled
+                gevent.sleep(0)  # let the load begin, so that the next message can cancel it
             case {"type": "channelSend" | "channelAck", "channelId": int(number), **more}:
                 if more.get("message") == {"type": "cancel"} and number in self._loads:
                     self._loads[number].cancel()
@@ -114,13 +129,13 @@ class Session:
                 self._warn(message)
 
     def _warn(self, *what: object) -> None:
-        """Answer what LM Studio's schemas don't accept; it doesn't even name the call."""
+        """Warn of a message that LM Studio's schemas reject; like LM Studio, without its call."""
         warning = f"Received communication that violates the protocol: {json.dumps(what)}"
         self._simulator.warnings.append(warning)
         self._send(type="communicationWarning", warning=warning)
 
     def _answer(self, replies: Iterator[JsonObject], **failure: Any) -> None:
-        """Send the replies, or what goes wrong in making them, unless the socket has closed."""
+        """Send the replies, or the error that ends them, unless the socket has closed."""
         with suppress(OSError, ProtocolError):
             try:
                 for reply in replies:
@@ -129,7 +144,7 @@ class Session:
                 self._send(**failure, error=refusal.error)
 
     def _load(self, number: int, parameter: Any) -> Iterator[JsonObject]:
-        """Load a model on a channel; a TTL is whole ms, at least 1."""
+        """Load a model on a channel; a TTL is a whole number of ms, at least 1."""
         try:
             parts = [layer["config"]["fields"] for layer in parameter["loadConfigStack"]["layers"]]
             fields = {one["key"]: one.get("value") for part in parts for one in part}
@@ -154,8 +169,8 @@ class Session:
             case "system", "version", None:
                 result = {"version": "0.3.31", "build": 1}
             case "system", "listDownloadedModels", None:
-                strange = self._simulator.switches.unknown_model_type
-                result = [*MODELS.values(), *(UNFAMILIAR_MODELS if strange else [])]
+                unfamiliar = self._simulator.switches.unknown_model_type
+                result = [*MODELS.values(), *(UNFAMILIAR_MODELS if unfamiliar else [])]
             case "model", "listLoaded", None:
                 result = [instance.info() for instance in memory.of(space)]
             case "model", "getModelInfo", {"specifier": dict(specifier), **more}:

@@ -57,7 +57,7 @@ class Import(NamedTuple):
 
 @cache
 def imports() -> tuple[Import, ...]:
-    """Every import of the package but those that only a type checker sees."""
+    """Every import of the package, also those that only a type checker sees."""
     return tuple(found for path in sorted(GATEWAY.rglob("*.py")) for found in _imports_of(path))
 
 
@@ -66,15 +66,7 @@ def _imports_of(path: Path) -> Iterator[Import]:
     file = str(path.relative_to(GATEWAY))
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     late = {id(node) for function in functions for node in ast.walk(function)}
-    unseen = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
     for node in ast.walk(tree):
-        if id(node) in unseen:
-            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(file, node.lineno, alias.name, id(node) in late)
@@ -178,9 +170,11 @@ def _is_public(module: str) -> bool:
     return f'"{name}"' in face.partition("__all__")[2]
 
 
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if (GATEWAY / layer).is_dir()])
-def test_every_package_says_what_it_is_for(layer: str) -> None:
-    tree = ast.parse((GATEWAY / layer / "__init__.py").read_text())
+@pytest.mark.parametrize(
+    "package", [one for one in (*LAYERS, "simulator") if (GATEWAY / one).is_dir()]
+)
+def test_every_package_says_what_it_is_for(package: str) -> None:
+    tree = ast.parse((GATEWAY / package / "__init__.py").read_text())
     lines = (ast.get_docstring(tree) or "").splitlines()
     assert 5 <= len(lines) <= 11
     text = " ".join(lines)
