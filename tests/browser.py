@@ -1,4 +1,4 @@
-"""A real Chromium, and the page for looking in it."""
+"""A real Chromium that shows the dashboard."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from selenium.webdriver.common.keys import Keys
 from tests.nginx import require
 from tests.processes import eventually
 
-PATIENCE = 40.0
+TIMEOUT = 40.0
 SWITCHES = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             "--disable-dev-shm-usage", "--lang=en"]  # fmt: skip
-#: The visible text of every element of a selector.
+#: The text of every visible element of a selector.
 TEXTS = """
 return [...document.querySelectorAll(arguments[0])]
     .filter((one) => one.checkVisibility()).map((one) => one.innerText)
@@ -34,7 +34,7 @@ def chromium(folder: Path) -> webdriver.Chrome:
 
 
 class Window:
-    """The browser, showing the page of the gateway at ``url``."""
+    """The browser with the dashboard of the gateway at ``url``."""
 
     def __init__(self, driver: webdriver.Chrome, url: str) -> None:
         self.driver = driver
@@ -46,8 +46,8 @@ class Window:
             self.enter_key(key)
 
     def enter_key(self, key: str) -> None:
-        """With the keyboard alone: the field has the focus."""
-        field = eventually(lambda: self.focused("key"), PATIENCE)
+        """Type the key without a click: the field must have the focus."""
+        field = eventually(lambda: self.focused("key"), TIMEOUT)
         field.send_keys(key, Keys.ENTER)
 
     def focused(self, name: str) -> Any:
@@ -55,18 +55,18 @@ class Window:
         return element if element.get_attribute("id") == name else None
 
     def texts(self, selector: str) -> list[str]:
-        """The visible text of each such element that can be seen."""
+        """The text of each visible element that matches."""
         found: list[str] = self.driver.execute_script(TEXTS, selector)
         return found
 
     def see(self, selector: str, *words: str) -> str:
-        """Wait until such an element shows all these words; its text."""
+        """Wait until a matching element shows all these words, and return its text."""
 
         def shown() -> str | None:
             texts = self.texts(selector)
-            return next((one for one in texts if all(word in one for word in words)), None)
+            return next((text for text in texts if all(word in text for word in words)), None)
 
         try:
-            return str(eventually(shown, PATIENCE))
+            return str(eventually(shown, TIMEOUT))
         except AssertionError:
             raise AssertionError(f"{words} not in {selector}: {self.texts(selector)}") from None

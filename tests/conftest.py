@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a simulator for each module, gateways as the tests ask for them."""
+"""Fixtures of all tests: a simulator for each module, and gateways in front of it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.redis_server import RedisServer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that are marked so run over gunicorn and over gevent's own server."""
+    """Run tests marked ``both_servers`` under gunicorn and under gevent's own server."""
     if metafunc.definition.get_closest_marker("both_servers"):
         metafunc.parametrize("server", ["gunicorn", "gevent"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest) -> str:
-    """What the gateways run under: gunicorn, unless the test says something else."""
+    """The server that the gateways run under: gunicorn, unless the test is parametrized."""
     return str(getattr(request, "param", "gunicorn"))
 
 
@@ -65,7 +65,7 @@ def gateway(shared_gateway: Gateway, simulator: Simulator) -> Gateway:
 
 @pytest.fixture
 def launch(server: str, tmp_path: Path, simulator: Simulator) -> Iterator[Callable[..., Gateway]]:
-    """Start gateways with settings of one's own; they end with the test."""
+    """Starts gateways with any settings; they stop when the test ends."""
     started: list[Gateway] = []
 
     def start(lmstudio: str | None = None, **settings: Any) -> Gateway:
@@ -112,7 +112,7 @@ def strict(shared_strict: Gateway, simulator: Simulator) -> Gateway:
 
 
 class SdkClient:
-    """The openai or the anthropic package, talking to a gateway without retries."""
+    """A client of a gateway from the openai or the anthropic package, without retries."""
 
     KEY = "inference-key-0123456789"
     ADMIN_KEY = "admin-key-0123456789abc"
@@ -149,46 +149,49 @@ class SdkClient:
             self.path, self._create = "/v1/chat/completions", self.sdk.chat.completions.create
 
     def ask(self, fault: str = "", headers: dict[str, str] | None = None, **changes: Any) -> Any:
-        """A chat of the package's own API, with a fault of the simulator."""
+        """Ask for a chat through the package's own API, with a fault of the simulator."""
         faults = {"X-Simulator-Fault": fault} if fault else {}
         return self._create(**{**self._ASK, **changes}, extra_headers={**faults, **(headers or {})})
 
     def post(self, content: Any, path: str = "") -> Any:
-        """Send with the package what only a broken program would send."""
+        """Send a body through the package that its API would not send."""
         options = {"headers": {"Content-Type": "application/json"}}
         target = self.url + (path or self.path)
         return self.sdk.post(target, content=content, cast_to=object, options=options)
 
     def raised(self, status: int, call: Callable[[], Any], code: str | None = None) -> Any:
-        """The exception that a call raises: of the package's right class, with everything that
-        the contract puts into every error, and OpenAI's ``code`` if one is given."""
+        """The exception that a call raises.
+
+        Checks that it has the package's class for this status, everything that each error must
+        have, and OpenAI's ``code`` if one is given.
+        """
         name, openai_type, anthropic_type = self._ERRORS[status]
         with pytest.raises(getattr(self.package, name)) as caught:
             call()
         error: Any = caught.value
-        answer = error.response
-        assert error.status_code == answer.status_code == status
-        assert answer.headers["x-request-id"]
-        assert answer.headers["content-type"].startswith("application/json")
-        content = answer.json()
-        told = content["error"]
-        if str(answer.request.url).endswith("/messages"):
+        response = error.response
+        assert error.status_code == response.status_code == status
+        assert response.headers["x-request-id"]
+        assert response.headers["content-type"].startswith("application/json")
+        content = response.json()
+        fields = content["error"]
+        if str(response.request.url).endswith("/messages"):
             assert (set(content), content["type"]) == ({"type", "error"}, "error")
-            assert told["type"] == anthropic_type
+            assert fields["type"] == anthropic_type
         else:
             assert set(content) == {"error"}
-            assert set(told) == {"message", "type", "param", "code"}
-            assert told["type"] == openai_type
-            assert code is None or told["code"] == code
-        words = str(error).replace("\\'", "'")  # anthropic shows the body's repr
-        assert told["message"] in words
-        assert ("retry-after" in answer.headers) == (status in (429, 503))
+            assert set(fields) == {"message", "type", "param", "code"}
+            assert fields["type"] == openai_type
+            assert code is None or fields["code"] == code
+        message = str(error).replace("\\'", "'")  # anthropic shows the body's repr
+        assert fields["message"] in message
+        assert ("retry-after" in response.headers) == (status in (429, 503))
         return error
 
 
 @pytest.fixture(params=["openai", "anthropic"])
 def sdk(request: pytest.FixtureRequest) -> Iterator[Callable[..., SdkClient]]:
-    """Make clients of a gateway with each of the two packages."""
+    """Makes clients of a gateway, in turn with each of the two packages."""
     made: list[SdkClient] = []
 
     def make(gateway: Gateway, key: str = SdkClient.KEY) -> SdkClient:
@@ -202,7 +205,7 @@ def sdk(request: pytest.FixtureRequest) -> Iterator[Callable[..., SdkClient]]:
 
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A redis-server of the module's own; skipped without one, but never in CI."""
+    """A redis-server for the module. Tests are skipped where it is not installed, except in CI."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()
@@ -217,7 +220,7 @@ def state_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 class Frame(NamedTuple):
-    """One event as it came; ``lines`` are its lines without their ends."""
+    """One received event; ``lines`` are its lines without line ends."""
 
     id: int
     event: str
@@ -226,7 +229,7 @@ class Frame(NamedTuple):
 
 
 class EventReader:
-    """A reader of /debug/stream in a thread of its own, which keeps everything that came."""
+    """A reader of /debug/stream in a thread of its own, which keeps everything it receives."""
 
     def __init__(
         self, gateway: Gateway, query: str = "", last_id: int | None = None, **headers: str
@@ -234,8 +237,8 @@ class EventReader:
         self.frames: list[Frame] = []
         self.raw: list[str] = []
         self._connection = HTTPConnection("127.0.0.1", gateway.port, timeout=60)
-        told = {} if last_id is None else {"Last-Event-ID": str(last_id)}
-        self._connection.request("GET", f"/debug/stream{query}", headers={**headers, **told})
+        resume = {} if last_id is None else {"Last-Event-ID": str(last_id)}
+        self._connection.request("GET", f"/debug/stream{query}", headers={**headers, **resume})
         # the response may take the socket away from its connection
         self._socket: socket.socket = self._connection.sock
         self.port: int = self._socket.getsockname()[1]
@@ -244,7 +247,7 @@ class EventReader:
         self._thread.start()
 
     def of(self, event: str, **members: Any) -> list[dict[str, Any]]:
-        """The data of the events of a type that have these members."""
+        """The data of all events of a type with these members."""
         wanted = members.items()
         return [f.data for f in self.frames if f.event == event and wanted <= f.data.items()]
 
@@ -280,7 +283,7 @@ class EventReader:
 
 @pytest.fixture
 def listen() -> Iterator[Callable[..., EventReader]]:
-    """Open readers of a gateway's event stream; they end with the test."""
+    """Opens readers of a gateway's event stream; they are closed when the test ends."""
     opened: list[EventReader] = []
 
     def start(gateway: Gateway, *arguments: Any, **options: Any) -> EventReader:

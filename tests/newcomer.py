@@ -1,7 +1,7 @@
-"""``python -m tests.newcomer``: what README.rst says, in a fresh clone and a new environment.
+"""``python -m tests.newcomer``: follows README.rst in a fresh clone and a new environment.
 
-The commands are README.rst's own; only ports, keys and what a reader would edit are replaced. It
-prints each step; one that fails shows its output and ends everything with status 1.
+It runs README.rst's own commands; only ports, keys and what a reader would edit are replaced. It
+prints each step. If one fails, it prints the step's output and exits with status 1.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from tests.readme import ROOT, Block, blocks, replaced
 
 KEY, ADMIN = "inference-key-0123456789", "admin-key-0123456789abc"
 MODEL = "qwen2.5-7b-instruct"
-PATIENCE = 60.0
-INSTALL_PATIENCE = 600.0
-#: What a newcomer's shell would not have: our environment, and our settings.
+TIMEOUT = 60.0
+INSTALL_TIMEOUT = 600.0
+#: Variables that a newcomer's shell would not have: of our environment, and our settings.
 OURS = {setting.variable for setting in TABLE} | {
     *("VIRTUAL_ENV", "PYTHONPATH", "WEB_CONCURRENCY", "GATEWAY_URL")
 }
 
 
 class StepFailed(Exception):
-    """A step did not do what README.rst promises; the text is its output."""
+    """A step did not do what README.rst promises. The text is its output."""
 
 
 class Newcomer:
-    """Somebody with README.rst and a shell in a fresh clone."""
+    """A reader of README.rst with a shell in a fresh clone."""
 
     def __init__(self, clone: Path, logs: Path) -> None:
         self.clone = clone
         self.readme = blocks(clone / "README.rst")
         self.lmstudio, self.gateway = free_port(), free_port()
-        #: What stands in README.rst → what is true here.
+        #: Text of README.rst → its replacement in this run.
         self.table = {
             "simulate --port 1234": f"simulate --port {self.lmstudio}",
             "127.0.0.1:8002": f"127.0.0.1:{self.gateway}",
@@ -55,13 +55,13 @@ class Newcomer:
             "YOUR-ADMIN-KEY": ADMIN,
         }
         clean = {name: text for name, text in os.environ.items() if name not in OURS}
-        # venv/bin: what "activate" does for the commands behind it
+        # as "activate" does for the commands that follow it
         path = f"{clone}/venv/bin:{clean['PATH']}"
         self.environ = {**clean, "PATH": path, "NO_PROXY": "*", "PYTHONUNBUFFERED": "1"}
         self._logs = logs
 
     def block(self, command: str, language: str = "bash", nth: int = 0) -> Block:
-        """The (nth) block of README.rst that has a command which begins like this."""
+        """The nth block of README.rst with a command that begins like this."""
         found = [
             block
             for block in self.readme
@@ -75,27 +75,27 @@ class Newcomer:
     def do(
         self, block: Block, *prints: str, edits: dict[str, str] | None = None, limit: float = 0
     ) -> None:
-        """Run a block to its end; it must succeed and print these words."""
+        """Run a block to its end; it must succeed and print these texts."""
         with self._process(block, edits) as (process, output):
             try:
-                process.wait(limit or PATIENCE)
+                process.wait(limit or TIMEOUT)
             except subprocess.TimeoutExpired:
-                raise StepFailed(f"{output()}\n(has not ended in time)") from None
-            missing = [words for words in prints if words not in output()]
+                raise StepFailed(f"{output()}\n(did not end in time)") from None
+            missing = [text for text in prints if text not in output()]
             if process.returncode or missing:
-                ended = f"ended with {process.returncode}, does not say {missing}"
-                raise StepFailed(f"{output()}\n({ended})")
+                problem = f"exit status {process.returncode}, not in the output: {missing}"
+                raise StepFailed(f"{output()}\n({problem})")
 
     @contextmanager
     def running(
-        self, block: Block, says: str, edits: dict[str, str] | None = None
+        self, block: Block, prints: str, edits: dict[str, str] | None = None
     ) -> Iterator[None]:
-        """Run a block meanwhile; nothing goes on before it has said these words."""
+        """Run a block inside the ``with`` block, which begins when it has printed this text."""
         with self._process(block, edits) as (process, output):
-            deadline = time.monotonic() + PATIENCE
-            while says not in output():
+            deadline = time.monotonic() + TIMEOUT
+            while prints not in output():
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise StepFailed(f"{output()}\n(does not say {says!r})")
+                    raise StepFailed(f"{output()}\n(did not print {prints!r})")
                 time.sleep(0.05)
             yield
 
@@ -106,7 +106,7 @@ class Newcomer:
         text = block.text
         for old, new in (edits or {}).items():
             if old not in text:
-                raise StepFailed(f"{text}\n(has no {old!r} to edit)")
+                raise StepFailed(f"{text}\n(does not contain {old!r})")
             text = text.replace(old, new)
         print("".join(f"    {line}\n" for line in text.splitlines()), end="", flush=True)
         log = self._logs / f"line-{block.line}.log"
@@ -124,19 +124,19 @@ class Newcomer:
             yield process, lambda: log.read_text(errors="replace")
         finally:
             if process.poll() is None:
-                # as Ctrl-C in a terminal does, to bash and what it runs
+                # like Ctrl-C in a terminal, for bash and its children
                 os.killpg(process.pid, signal.SIGINT)
-                process.wait(PATIENCE)
+                process.wait(TIMEOUT)
 
     def edit_env_file(self) -> None:
-        """Put into .env what README.rst says, and the ports of here."""
-        told = replaced(self.block("GATEWAY_API_KEY=", "ini").text, self.table).splitlines()
-        told += [
+        """Write README.rst's settings and this run's ports into .env."""
+        wanted = replaced(self.block("GATEWAY_API_KEY=", "ini").text, self.table).splitlines()
+        wanted += [
             f"LMSTUDIO_BASE_URL=http://127.0.0.1:{self.lmstudio}",
             f"GATEWAY_PORT={self.gateway}",
             "TRUSTED_PROXIES=127.0.0.1",  # as deploy/nginx.conf says
         ]
-        new = {_name(line): line for line in told}
+        new = {_name(line): line for line in wanted}
         file = self.clone / ".env"
         lines = file.read_text().splitlines()
         if missing := new.keys() - set(map(_name, lines)):
@@ -145,7 +145,7 @@ class Newcomer:
 
 
 def clone_into(folder: Path) -> Path:
-    """A clone of this checkout's commit, as README.rst's reader has one."""
+    """A clone of this checkout's commit, as a reader of README.rst has one."""
     clone = folder / "lmstudio-gateway"
     command = ["git", "clone", "--quiet", str(ROOT), str(clone)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -154,12 +154,12 @@ def clone_into(folder: Path) -> Path:
     return clone
 
 
-def play(folder: Path) -> None:
+def follow_readme(folder: Path) -> None:
     with ExitStack() as stack:
         step("a clone")
         newcomer = Newcomer(clone_into(folder), folder)
         do, running, block = newcomer.do, newcomer.running, newcomer.block
-        # it says what it needs before the long part
+        # fail before the long part
         if not (newcomer.clone / "deploy/nginx.conf").exists():
             raise StepFailed("deploy/nginx.conf is not in this commit")
 
@@ -167,9 +167,9 @@ def play(folder: Path) -> None:
         do(block("python3 -m venv"))
         once = {"lmstudio-gateway demo": "lmstudio-gateway demo --once"}
         shown = ("loaded as primary", "LM Studio simulator speaking")
-        do(block("pip install . &&"), *shown, edits=once, limit=INSTALL_PATIENCE)
+        do(block("pip install . &&"), *shown, edits=once, limit=INSTALL_TIMEOUT)
 
-        step("Run it: the simulator as LM Studio, a configuration of one's own")
+        step("Run it: the simulator as LM Studio, with a configuration of your own")
         stack.enter_context(running(block("lmstudio-gateway simulate"), "listening on"))
         do(block("cp .env.example"))
         newcomer.edit_env_file()
@@ -180,46 +180,48 @@ def play(folder: Path) -> None:
         step("nginx in front, with deploy/nginx.conf")
         front = Nginx(folder / "nginx", f"http://127.0.0.1:{newcomer.gateway}")
         stack.callback(front.stop)
-        # from here on the LAN's address is nginx's
+        # from here on all requests go through nginx
         newcomer.table["http://192.168.1.10:8002"] = front.url
         newcomer.table["http://127.0.0.1:8002"] = front.url
 
-        step("a load with its progress, by the command line from elsewhere")
+        step("a load with its progress, from the command line of another machine")
         do(block("export GATEWAY_URL="), ": 100 %", "as primary")
 
-        step("a live stream on the page")
+        step("a live stream on the dashboard")
         browser = chromium(folder / "chromium")
         stack.callback(browser.quit)
-        page = Window(browser, front.url)
-        page.open(ADMIN)
-        page.see("#connection", "Live")
+        dashboard = Window(browser, front.url)
+        dashboard.open(ADMIN)
+        dashboard.see("#connection", "Live")
         long = {"Hello!": "count to 1000"}
         with running(block("curl -N http://127.0.0.1:8002/v1/chat"), "data: ", edits=long):
-            page.see("#running > li", "/v1/chat/completions", "primary", "app")
-        page.see("#recent > li", "primary", "client left")
+            dashboard.see("#running > li", "/v1/chat/completions", "primary", "app")
+        dashboard.see("#recent > li", "primary", "client left")
 
         step("Prometheus scrapes")
         scrape(replaced(block("scrape_configs:", "yaml").text, newcomer.table))
 
 
 def scrape(configuration: str) -> None:
-    """Do what Prometheus does with this, and see that the exposition tells of the stream."""
+    """Scrape as Prometheus would with this configuration; the metrics must count the stream."""
     [job] = yaml.safe_load(configuration)["scrape_configs"]
     [target] = job["static_configs"][0]["targets"]
     bearer = {"Authorization": f"Bearer {job['authorization']['credentials']}"}
-    answer = requests.get(f"http://{target}{job['metrics_path']}", headers=bearer, timeout=PATIENCE)
+    response = requests.get(
+        f"http://{target}{job['metrics_path']}", headers=bearer, timeout=TIMEOUT
+    )
     samples = [
         sample
-        for family in text_string_to_metric_families(answer.text if answer.ok else "")
+        for family in text_string_to_metric_families(response.text if response.ok else "")
         for sample in family.samples
         if sample.name == "lmstudio_gateway_cancellations_total"
     ]
-    if not answer.ok or sum(sample.value for sample in samples) != 1:
-        raise StepFailed(answer.text)
+    if not response.ok or sum(sample.value for sample in samples) != 1:
+        raise StepFailed(response.text)
 
 
-def step(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+def step(title: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {title}", flush=True)
 
 
 def _name(line: str) -> str:
@@ -230,11 +232,11 @@ def _name(line: str) -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="newcomer-") as folder:
         try:
-            play(Path(folder))
+            follow_readme(Path(folder))
         except (StepFailed, AssertionError, requests.RequestException) as failure:
             print(f"FAILED: {failure}", file=sys.stderr)
             return 1
-    step("all is as README.rst says")
+    step("everything works as README.rst says")
     return 0
 
 

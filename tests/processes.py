@@ -1,4 +1,4 @@
-"""The real parts that the end-to-end tests talk to: simulator and gateway, each its own process."""
+"""The processes of the end-to-end tests: simulators and gateways."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Simulator:
         self.url = line.rpartition(" ")[2]
         self.port = int(self.url.rpartition(":")[2])
         self.http = _session()
-        # the control paths of a simulator with a test certificate
+        # a simulator with TLS has a test certificate
         self.http.verify = False
 
     def faults(self, **switches: Any) -> None:
@@ -81,13 +81,13 @@ class Simulator:
         self.process.stdout.close()
 
     def _control(self, method: str, path: str, body: Any = None) -> Any:
-        answer = self.http.request(method, f"{self.url}/_simulator/{path}", json=body, timeout=10)
-        answer.raise_for_status()
-        return answer.json()
+        response = self.http.request(method, f"{self.url}/_simulator/{path}", json=body, timeout=10)
+        response.raise_for_status()
+        return response.json()
 
 
 class Gateway:
-    """``lmstudio-gateway serve`` with the given settings and no others, under either server."""
+    """``lmstudio-gateway serve`` with only the given settings, under either server."""
 
     def __init__(
         self, folder: Path, lmstudio: str, server: str = "gunicorn", **settings: Any
@@ -147,7 +147,7 @@ class Gateway:
         return self.log.read_text()
 
     def workers(self) -> list[int]:
-        """The worker processes' ids; gevent's server works in the only process that there is."""
+        """The ids of the worker processes. gevent's server has one process, which is the worker."""
         if self.server == "gevent":
             return [self.process.pid]
         listing = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()

@@ -1,4 +1,4 @@
-"""The code blocks of README.rst, which tests run as they stand there."""
+"""The code blocks of README.rst, for the tests that run them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Block(NamedTuple):
     text: str
 
     def commands(self) -> list[str]:
-        """The first line of each command: what begins at the margin and is no comment."""
+        """The first line of each command: every line that is neither indented nor a comment."""
         lines = self.text.splitlines()
         return [line for line in lines if line and line[0] not in " #"]
 
@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 def blocks(path: Path = ROOT / "README.rst") -> list[Block]:
-    """Every code block of a file, in its order."""
+    """All code blocks of a file, in order."""
     found = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, start=1):
@@ -46,6 +46,6 @@ def blocks(path: Path = ROOT / "README.rst") -> list[Block]:
 
 
 def replaced(text: str, table: Mapping[str, str]) -> str:
-    """``text`` with what stands in README.rst replaced by what is true here, all at once."""
+    """Return ``text`` with each key of the table replaced by its value, all in one pass."""
     pattern = "|".join(map(re.escape, sorted(table, key=len, reverse=True)))
     return re.sub(pattern, lambda found: table[found[0]], text)

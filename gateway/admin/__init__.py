@@ -1,8 +1,8 @@
 """Model management over HTTP: list, load, unload, activate, deactivate.
 
 :mod:`.views` is the blueprint and the file to read first; :mod:`.schemas` validates the bodies,
-:mod:`.models` does the work over the link and the store, and :mod:`.operation` runs what takes long
-beside the request that asked for it.
+:mod:`.models` does the work through the link and the store, and :mod:`.operation` runs a long
+operation beside the request that started it.
 
 This package must not know about inference.
 """

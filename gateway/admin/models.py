@@ -1,6 +1,6 @@
-"""What it means to list, load, unload and activate a model. No HTTP in here.
+"""Lists, loads, unloads and activates models. It knows nothing of HTTP.
 
-Each operation tells what happens through ``emit(event, data)``, in the contract's event names.
+Each operation reports its events through ``emit(event, data)``; README.rst lists their types.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Model = dict[str, Any]
 
 TYPES = ("llm", "embedding")
 
-#: LM Studio's words for "no such model" and "nothing of that name is loaded".
+#: LM Studio's codes for an unknown model, and for a name under which nothing is loaded.
 UNKNOWN_MODEL = {"generic.pathNotFound", "generic.noModelMatchingQuery"}
 NOT_LOADED = {
     "generic.identifierNotFound",
@@ -50,14 +50,14 @@ class Models:
     # Loading ----------------------------------------------------------------------------------
 
     def load(self, wanted: dict[str, Any], emit: Emit) -> dict[str, Any]:
-        """Load as a validated LoadSchema body says; returns the contract's answer.
+        """Load a model as a validated LoadSchema body asks; returns the response body.
 
-        Interrupting it (throwing into the greenlet) cancels the load in LM Studio.
+        Killing the greenlet cancels the load in LM Studio.
         """
         started = time.monotonic()
         emit("model_load_start", _load_names(wanted) | {"loadConfig": _config(wanted)})
         try:
-            answer = self._load(wanted, emit, started)
+            result = self._load(wanted, emit, started)
         except GatewayError as error:
             emit("error", _failed("model_load", error.message, started))
             raise
@@ -67,16 +67,16 @@ class Models:
         complete = ("modelKey", "instanceId", "activated", "totalTimeMs")
         emit(
             "model_load_complete",
-            {name: answer[name] for name in complete} | {"loadConfig": _config(wanted)},
+            {name: result[name] for name in complete} | {"loadConfig": _config(wanted)},
         )
-        return answer
+        return result
 
     def _load(self, wanted: dict[str, Any], emit: Emit, started: float) -> dict[str, Any]:
         key = wanted["modelKey"]
         model_type = self._type_of(key)
         if model_type is None:
             raise NotFound(f"Model not found: {key}")
-        self._refuse_taken(wanted.get("instanceId"))
+        self._reject_taken(wanted.get("instanceId"))
         config = _config(wanted)
         kv_fields, warnings = loadconfig.to_kv(config, model_type)
         identifier = self._load_in_lmstudio(wanted, model_type, kv_fields, emit)
@@ -118,24 +118,25 @@ class Models:
     def _read_back(
         self, model_type: str, identifier: str, config: dict[str, Any], kv_fields: list[Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """What LM Studio really applied, and a warning for each sent field that it did not."""
+        """What LM Studio applied, and a warning for each requested field that it did not apply."""
         try:
             applied = loadconfig.from_kv(self._link.load_config(model_type, identifier))
-        except (GatewayError, ServerRefused) as fault:
-            # the model is loaded: that its settings can't be read back is no failure of the load
-            return {}, [f"appliedConfig: LM Studio did not tell it ({fault})"]
+        except (GatewayError, ServerRefused) as error:
+            # the model is loaded all the same: the load has not failed
+            return {}, [f"appliedConfig: could not be read back from LM Studio ({error})"]
         sent = loadconfig.from_kv(kv_fields)
         relevant = {name: value for name, value in config.items() if name in sent}
         return applied, loadconfig.differences(relevant, applied)
 
-    def _refuse_taken(self, instance: str | None) -> None:
+    def _reject_taken(self, instance: str | None) -> None:
         if instance and any(model.get("identifier") == instance for _, model in self._loaded()):
             raise _taken(instance)
 
     # Unloading --------------------------------------------------------------------------------
 
     def unload(self, wanted: dict[str, Any], emit: Emit) -> dict[str, Any]:
-        """Unload the instance that ``modelKey`` and/or ``instanceId`` name."""
+        """Unload the instance that ``modelKey``, ``instanceId`` or both name; returns the response
+        body."""
         started = time.monotonic()
         namespace, model = self._find_instance(wanted)
         names = {"modelKey": model.get("modelKey", ""), "instanceId": model["identifier"]}
@@ -178,16 +179,16 @@ class Models:
         if active is None:
             return
         if active.instance_id is None:
-            gone = active.model_key in _names(model) and not self._is_loaded(active)
+            unloaded = active.model_key in _names(model) and not self._is_loaded(active)
         else:
-            gone = active.instance_id == model.get("identifier")
-        if gone:
+            unloaded = active.instance_id == model.get("identifier")
+        if unloaded:
             self._deactivate(active, emit)
 
     # Activating -------------------------------------------------------------------------------
 
     def activate(self, wanted: dict[str, Any], emit: Emit) -> dict[str, Any]:
-        """Make a model the one that is injected; LM Studio's own state is not touched."""
+        """Make a model the active one; LM Studio's own state does not change."""
         key, instance = wanted["modelKey"], wanted.get("instanceId")
         default_inference = wanted.get("defaultInference")
         self._activate(key, instance, self._likely_type(key), default_inference, emit)
@@ -200,7 +201,7 @@ class Models:
         }
 
     def deactivate(self, emit: Emit) -> dict[str, Any]:
-        """Let no model be injected."""
+        """Make no model the active one."""
         active = self._store.active()
         if active is not None:
             self._deactivate(active, emit)
@@ -222,7 +223,7 @@ class Models:
         self._store.set_active(None)
         emit("model_deactivate", _active_names(active))
 
-    # What LM Studio knows ---------------------------------------------------------------------
+    # LM Studio's models ------------------------------------------------------------------------
 
     def _loaded(self) -> list[tuple[str, Model]]:
         """Every loaded instance with its namespace."""
@@ -236,8 +237,10 @@ class Models:
         return None
 
     def _likely_type(self, key: str) -> str:
-        """The type as LM Studio tells it, or as the key's name tells while it can't be asked:
-        activating is a change of the gateway alone and works without LM Studio."""
+        """The type that LM Studio reports, or while it is unreachable, a guess from the key.
+
+        Activating changes only the gateway, so it works without LM Studio.
+        """
         try:
             known = self._type_of(key) if self._link.is_connected() else None
         except (GatewayError, ServerRefused):
@@ -256,7 +259,7 @@ class Models:
 
 
 def _names(model: Model) -> set[Any]:
-    """The ways in which a model or an instance is called."""
+    """The names under which a model or an instance is known."""
     return {model.get("modelKey"), model.get("path"), model.get("indexedModelIdentifier")}
 
 
@@ -297,7 +300,7 @@ def _since(started: float) -> int:
 
 
 def _describe(model: Model) -> Model:
-    """A downloaded model in the contract's words; every field of LM Studio's stays too."""
+    """A downloaded model with ``size`` beside LM Studio's own fields."""
     return {**model, "size": model.get("sizeBytes")}
 
 

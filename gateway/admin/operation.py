@@ -1,4 +1,4 @@
-"""An operation that takes long, run beside the request that asked for it."""
+"""A long operation, run beside the request that started it."""
 
 from __future__ import annotations
 
@@ -20,51 +20,55 @@ Event = tuple[str, dict[str, Any]]
 
 
 class Operation:
-    """Something that takes long: it runs beside the request, and stops when the client leaves."""
+    """Work in a greenlet of its own, which stops when the client disconnects.
 
-    _GONE: Event = ("gone", {})
+    ``work`` gets a function that emits its events and returns the response body; ``publish`` passes
+    each event on to the readers of the event stream.
+    """
+
+    _DISCONNECTED: Event = ("disconnected", {})
 
     def __init__(self, work: Callable[[Emit], Any], publish: Emit) -> None:
         self._publish = publish
         self._events: Queue[Event] = Queue()
-        self._answer: dict[str, Any] = {}
+        self._result: dict[str, Any] = {}
         self._error: BaseException | None = None
         self._worker = gevent.spawn(self._run, work)
 
     def result(self, environ: dict[str, Any]) -> dict[str, Any]:
-        """Wait for the end; raises what the work raised."""
+        """Wait for the end and return the response body; raises what the work raised."""
         for _ in self._until_end(environ):
             pass
-        return self._answer
+        return self._result
 
     def events(self, environ: dict[str, Any], request_id: str) -> Iterator[bytes]:
-        """The events as an SSE body, ending with the work's completion or an ``error`` event."""
-        yield b""  # the head goes out before the first event
+        """The events as an SSE body, which ends with the completion or an ``error`` event."""
+        yield b""  # sends the head before the first event
         try:
             for event in self._until_end(environ, HEARTBEAT):
                 if event is None:
                     yield KEEP_ALIVE
                 elif event[0].endswith(("_progress", "_complete")):
-                    answer = self._answer if event[0].endswith("_complete") else {}
-                    yield _event(event[0], {**answer, **event[1]})
+                    result = self._result if event[0].endswith("_complete") else {}
+                    yield _event(event[0], {**result, **event[1]})
         except ClientGone:
             return
         except GatewayError as error:
-            told = {"error": error.message, "status": error.status, "requestId": request_id}
+            fields = {"error": error.message, "status": error.status, "requestId": request_id}
             if error.details:
-                told["details"] = error.details
-            yield _event("error", told)
+                fields["details"] = error.details
+            yield _event("error", fields)
 
     def _run(self, work: Callable[[Emit], Any]) -> None:
         completed: list[Event] = []
 
         def emit(event: str, data: dict[str, Any]) -> None:
             self._publish(event, data)
-            # the completion is told last, when the answer is known
+            # the completion is kept back until the result is known, whose fields it gets
             (completed.append if event.endswith("_complete") else self._events.put)((event, data))
 
         try:
-            self._answer = work(emit)
+            self._result = work(emit)
         except GatewayError as error:
             self._error = error
         except gevent.GreenletExit:
@@ -78,9 +82,11 @@ class Operation:
     def _until_end(
         self, environ: dict[str, Any], heartbeat: float | None = None
     ) -> Iterator[Event | None]:
-        """The events in order, None after each ``heartbeat`` s without one. A client that leaves
-        stops the work."""
-        watch = cancellation.watch(environ, lambda: self._events.put(self._GONE))
+        """The events in order, and None after each ``heartbeat`` seconds without one.
+
+        Stops the work and raises ClientGone when the client disconnects.
+        """
+        watch = cancellation.watch(environ, lambda: self._events.put(self._DISCONNECTED))
         try:
             while True:
                 try:
@@ -88,7 +94,7 @@ class Operation:
                 except gevent.queue.Empty:
                     yield None
                     continue
-                if event is self._GONE:
+                if event is self._DISCONNECTED:
                     raise ClientGone("The client closed the connection.")
                 if event[0] == "end":
                     break
@@ -98,7 +104,7 @@ class Operation:
         finally:
             if watch is not None:
                 watch.stop()
-            self._worker.kill(block=False)  # nothing to kill unless the client left
+            self._worker.kill(block=False)  # does nothing to finished work
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""The admin bodies, checked with marshmallow; an unknown field names its nearest spelling."""
+"""Validates the admin bodies with marshmallow; for an unknown field it suggests a known one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class _Number(fields.Float):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.make_error("invalid")
         super()._deserialize(value, attr, data, **kwargs)
-        return value  # as it came: 1 stays 1, it isn't made 1.0
+        return value  # unchanged: 1 must not become 1.0
 
 
 class _WholeNumber(fields.Integer):
-    """A JSON number without a fraction, as it came."""
+    """A JSON number without a fraction."""
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -61,7 +61,7 @@ class _Strict(Schema):
         unknown = INCLUDE
 
     @validates_schema(pass_original=True, skip_on_field_errors=False)
-    def _refuse_unknown(self, data: Any, original: Any, **kwargs: Any) -> None:
+    def _reject_unknown(self, data: Any, original: Any, **kwargs: Any) -> None:
         if not isinstance(original, dict):
             return
         known = list(self.fields)
@@ -72,7 +72,7 @@ class _Strict(Schema):
 
 def _unknown(name: str, known: list[str]) -> str:
     lowered = {field.lower(): field for field in known}
-    # "context_length" is nearer to "contextLength" than an edit distance says
+    # the edit distance from "context_length" to "contextLength" overrates their difference
     plain = name.replace("_", "").replace("-", "").lower()
     near = difflib.get_close_matches(plain, list(lowered), n=1, cutoff=0.5)
     hint = f" Did you mean {lowered[near[0]]!r}?" if near else f" Known: {', '.join(known)}."
@@ -105,15 +105,19 @@ def _text(about: str = "", **kwargs: Any) -> fields.String:
     return fields.String(validate=length, metadata=_about(about), **kwargs)
 
 
-def _about(words: str) -> dict[str, str]:
-    """What ``/openapi.json`` tells of a field beside its type and range."""
-    return {"description": words} if words else {}
+def _about(description: str) -> dict[str, str]:
+    """The field's metadata, which ``/openapi.json`` shows beside its type and range."""
+    return {"description": description} if description else {}
 
 
 class GpuSchema(_Strict):
     ratio = _ratio("The share of the model on the GPU.")
-    layers = _whole(0, 10_000, "LM Studio takes a ratio only: beside one a warning, alone only 0.")
-    mainGpu = _whole(0, 1024, "The GPU to be filled first.")
+    layers = _whole(
+        0,
+        10_000,
+        "LM Studio takes only a ratio: ignored with a warning beside one; without one, only 0.",
+    )
+    mainGpu = _whole(0, 1024, "The GPU that is filled first.")
     splitStrategy = fields.String(validate=validate.OneOf(["evenly", "favorMainGpu"]))
     disabledGpus = fields.List(_whole(0, 1024))
 
@@ -124,13 +128,13 @@ class LoadConfigSchema(_Strict):
     cpuThreads = _whole(1, 4096)
     ropeFrequencyBase = _number(0)
     ropeFrequencyScale = _number(0)
-    evalBatchSize = _whole(1, 2**31 - 1, "Tokens of a prompt that are processed at once.")
+    evalBatchSize = _whole(1, 2**31 - 1, "Prompt tokens processed at once.")
     flashAttention = _flag()
     keepModelInMemory = _flag()
     tryMmap = _flag()
     useFp16ForKVCache = _flag()
-    llamaKCacheQuantizationType = _cache_type("Of the cache's keys; false: not quantized.")
-    llamaVCacheQuantizationType = _cache_type("Of the cache's values; false: not quantized.")
+    llamaKCacheQuantizationType = _cache_type("Quantization of the cached keys; false: none.")
+    llamaVCacheQuantizationType = _cache_type("Quantization of the cached values; false: none.")
     offloadKVCacheToGpu = _flag()
     numExperts = _whole(0, 65_536, "Active experts of a mixture-of-experts model.")
     seed = _whole(-(2**31), 2**32 - 1)
@@ -152,11 +156,13 @@ class DefaultInferenceSchema(_Strict):
 
 class LoadSchema(_Strict):
     modelKey = _text("As `GET /admin/models` names it.", required=True)
-    instanceId = _text("The identifier to load it under; without one LM Studio chooses.")
+    instanceId = _text("The identifier of the instance; absent: LM Studio chooses one.")
     loadConfig = fields.Nested(LoadConfigSchema)
-    ttlSeconds = _whole(0, 10**9, "Unload after so long without use; absent or 0: never.")
+    ttlSeconds = _whole(
+        0, 10**9, "LM Studio unloads it after this time without use; absent or 0: never."
+    )
     defaultInference = fields.Nested(DefaultInferenceSchema)
-    activate = _flag("Whether it becomes the model that is injected; absent: true.")
+    activate = _flag("Whether it becomes the active model; absent: true.")
 
 
 class UnloadSchema(_Strict):
@@ -176,11 +182,11 @@ class ActivateSchema(_Strict):
 
 
 class DeactivateSchema(_Strict):
-    """No fields: any is an error."""
+    """No fields; any field is an error."""
 
 
 def parse(schema: Schema, body: Any) -> dict[str, Any]:
-    """The checked body, or BadRequest with one detail per problem (path and message)."""
+    """Return the validated body; BadRequest with a detail (path and message) for each problem."""
     try:
         loaded: dict[str, Any] = schema.load(body)
     except ValidationError as error:

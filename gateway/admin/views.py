@@ -1,4 +1,4 @@
-"""The blueprint of ``/admin``: validate the body, let :mod:`.models` do it, answer."""
+"""The blueprint of ``/admin``: validates each body and lets :mod:`.models` do the work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def list_models() -> dict[str, Any]:
 
 @blueprint.post("/models/load")
 def load() -> Response | dict[str, Any]:
-    """Load a model: plain JSON at the end, or its events while it loads."""
+    """Load a model; respond with JSON at its end, or with a stream of its events."""
     wanted = schemas.parse(schemas.LoadSchema(), _body())
     models = _models()
     publish = _publisher()
@@ -58,7 +58,7 @@ def _models() -> Models:
 
 
 def _publisher() -> Emit:
-    """What tells the world of the current request's operation."""
+    """A function that publishes and counts the events of the current request's operation."""
     parts = current_app.extensions["gateway"]
     request_id = request.environ[REQUEST_ID]
     operation = secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""``lmstudio-gateway check``: whether the gateway could serve with these settings."""
+"""``lmstudio-gateway check``: checks whether the gateway can serve with the current settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.state import open_store
 
 
 def run(settings: Settings) -> int:
-    """Check one part after the other, a line for each; 0 when all is well, else 1."""
+    """Check one part after the other and print a line for each; returns the exit status."""
     parts: list[tuple[str, Callable[[], str]]] = [
         ("settings", _settings),
         ("state", lambda: _state(settings)),
@@ -40,7 +40,7 @@ def _state(settings: Settings) -> str:
     instance = Flask("gateway", static_folder=None).instance_path
     store = open_store(settings.state_url, instance)
     try:
-        store.ping()  # a Redis is not asked when it is opened
+        store.ping()  # opening a Redis store does not connect to it
     finally:
         store.close()
     return "opened" if settings.state_url else f"opened in {Path(instance)}"

@@ -1,4 +1,4 @@
-"""``lmstudio-gateway demo``: a simulator and a gateway, and a tour of what they do, over HTTP."""
+"""``lmstudio-gateway demo``: starts a simulator and a gateway, and shows them at work over HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START_TIMEOUT = 30.0
 
 
 class DemoError(Exception):
-    """The tour can't go on; the text says why."""
+    """The tour can't continue; the text says why."""
 
 
 def run(*, once: bool) -> int:
@@ -38,7 +38,7 @@ def run(*, once: bool) -> int:
             url = stack.enter_context(_gateway(lmstudio, state))
             _tour(url, lmstudio)
             if not once:
-                print("\nEverything keeps running: Ctrl-C ends it.", flush=True)
+                print("\nThe gateway and the simulator keep running until Ctrl-C.", flush=True)
                 while True:
                     time.sleep(3600)
     except KeyboardInterrupt:
@@ -50,14 +50,14 @@ def run(*, once: bool) -> int:
 
 
 def _tour(url: str, lmstudio: str) -> None:
-    print(f"LM Studio simulator: {lmstudio}   (a stand-in, not a model)")
+    print(f"LM Studio simulator: {lmstudio}   (there is no model behind it)")
     print(f"Gateway:             {url}")
     with requests.Session() as http:
         http.trust_env = False
         _show_models(http, url)
         _show_load(http, url)
         _show_chat(http, url)
-    print(_go_on(url))
+    print(_next_steps(url))
 
 
 def _show_models(http: requests.Session, url: str) -> None:
@@ -77,10 +77,10 @@ def _show_load(http: requests.Session, url: str) -> None:
         "defaultInference": {"temperature": 0.7, "maxTokens": 256},
     }
     headers = {"Accept": "text/event-stream"}
-    answer = http.post(
+    response = http.post(
         f"{url}/admin/models/load", json=body, headers=headers, stream=True, timeout=120
     )
-    for event, data in _events(answer):
+    for event, data in _events(response):
         if event == "model_load_progress":
             _bar(data["progressRaw"])
         elif event == "model_load_complete":
@@ -93,9 +93,9 @@ def _show_load(http: requests.Session, url: str) -> None:
 def _show_chat(http: requests.Session, url: str) -> None:
     _title("POST /v1/chat/completions  (no model named: the active one is injected)")
     body = {"stream": True, "messages": [{"role": "user", "content": "Who are you?"}]}
-    answer = http.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=120)
+    response = http.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=120)
     print("  ", end="")
-    for _, data in _events(answer):
+    for _, data in _events(response):
         if data == "[DONE]":
             break
         if "error" in data:
@@ -105,9 +105,9 @@ def _show_chat(http: requests.Session, url: str) -> None:
     print()
 
 
-def _go_on(url: str) -> str:
+def _next_steps(url: str) -> str:
     return f"""
-Go on with:
+Next, try:
 
   curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"stream": true, "messages": [{{"role": "user", "content": "count to 10"}}]}}'
@@ -138,7 +138,7 @@ def _simulator() -> Iterator[str]:
 def _gateway(lmstudio: str, state: str) -> Iterator[str]:
     """The gateway on port 8002 or the next free one; yields its URL."""
     port = _free_port()
-    # nothing of the user's own settings may get into the demo, not even by way of ./.env
+    # keep the user's own settings out of the demo; its folder keeps ./.env out
     inherited = {name: value for name, value in os.environ.items() if not _is_setting(name)}
     environ = inherited | {
         "LMSTUDIO_BASE_URL": lmstudio,
@@ -157,7 +157,7 @@ def _gateway(lmstudio: str, state: str) -> Iterator[str]:
 
 @contextmanager
 def _process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    # a session of its own: Ctrl-C reaches the demo, which then ends its children in order
+    # a session of its own, so that Ctrl-C reaches only the demo, which ends its children in order
     with subprocess.Popen(command, start_new_session=True, **options) as process:
         try:
             yield process
@@ -179,7 +179,7 @@ def _await_health(process: subprocess.Popen[bytes], url: str) -> None:
                 return
         except requests.RequestException:
             time.sleep(0.05)
-    raise DemoError("the gateway did not answer in time")
+    raise DemoError("the gateway did not respond in time")
 
 
 def _free_port() -> int:
@@ -201,18 +201,18 @@ def _is_setting(name: str) -> bool:
 # Output ---------------------------------------------------------------------------------------
 
 
-def _events(answer: requests.Response) -> Iterator[tuple[str, Any]]:
-    """Event name and data of an SSE answer; raises DemoError for another kind of answer."""
-    if not answer.ok:
-        raise DemoError(f"{answer.status_code}: {answer.text}")
-    for _, name, data in read_events(answer.iter_lines()):
+def _events(response: requests.Response) -> Iterator[tuple[str, Any]]:
+    """The name and data of each event of a response; DemoError for an error response."""
+    if not response.ok:
+        raise DemoError(f"{response.status_code}: {response.text}")
+    for _, name, data in read_events(response.iter_lines()):
         yield name, data if data == "[DONE]" else json.loads(data)
 
 
-def _json(answer: requests.Response) -> Any:
-    if not answer.ok:
-        raise DemoError(f"{answer.status_code}: {answer.text}")
-    return answer.json()
+def _json(response: requests.Response) -> Any:
+    if not response.ok:
+        raise DemoError(f"{response.status_code}: {response.text}")
+    return response.json()
 
 
 def _title(text: str) -> None:

@@ -31,8 +31,8 @@ def main() -> None:
     """A gateway in front of LM Studio.
 
     "demo" shows it without LM Studio. "check" and "serve" take their settings from the environment
-    and from .env in the current directory (README.rst lists them). The others ask a gateway that
-    runs.
+    and from .env in the current directory (README.rst lists them). The other commands talk to a
+    running gateway.
     """
 
 
@@ -43,13 +43,13 @@ def main() -> None:
     type=click.Choice(["gunicorn", "gevent"]),
     default="gevent" if sys.platform == "win32" else "gunicorn",
     show_default=True,
-    help="gevent: one process, wherever gunicorn does not run.",
+    help="gevent runs one process, also where gunicorn does not run.",
 )
 def serve(kind: str) -> None:
-    """Serve, as the settings in the environment and .env say."""
+    """Serve with the settings from the environment and .env."""
     from gevent import monkey
 
-    monkey.patch_all()  # gunicorn's master too: what it imports, its workers share
+    monkey.patch_all()  # in gunicorn's master, whose imports the workers inherit
     from gateway import serving
 
     settings = serving.servable_or_exit()
@@ -58,9 +58,9 @@ def serve(kind: str) -> None:
 
 @main.command()
 def check() -> None:
-    """Check the settings and the way to LM Studio.
+    """Check the settings, the shared state and the connection to LM Studio.
 
-    Exit status 0 when all is well, else 1.
+    The exit status is 0 if everything works, else 1.
     """
     from gevent import monkey
 
@@ -73,15 +73,15 @@ def check() -> None:
 
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=1234, show_default=True, help="0 takes a free one.")
+@click.option("--port", default=1234, show_default=True, help="0 picks a free port.")
 @click.option("--token", help="Require this API token (sk-lm-AAAAAAAA:BBBBBBBBBBBBBBBBBBBB).")
 @click.option("--pace-ms", default=20.0, show_default=True, help="Milliseconds between two tokens.")
 @click.option("--tls-cert", help="PEM certificate; serves https and wss.")
 @click.option("--tls-key", help="PEM key of that certificate.")
 def simulate(**options: Any) -> None:
-    """Run a stand-in for LM Studio, without a model.
+    """Run a simulator of LM Studio, without a model, for trials and tests.
 
-    It listens where LM Studio does, so that a gateway finds it there, for trying and testing.
+    It listens on LM Studio's own address by default.
     """
     from gevent import monkey
 
@@ -90,16 +90,16 @@ def simulate(**options: Any) -> None:
 
     try:
         serve(**options)
-    except OSError as fault:  # the port is taken, by LM Studio perhaps, or no such certificate
-        raise click.ClickException(f"The simulator can't start: {fault}") from None
+    except OSError as error:  # the port is in use, or the certificate does not exist
+        raise click.ClickException(f"The simulator can't start: {error}") from None
 
 
 @main.command()
-@click.option("--once", is_flag=True, help="End after the tour instead of running until Ctrl-C.")
+@click.option("--once", is_flag=True, help="Exit after the tour instead of running until Ctrl-C.")
 def demo(once: bool) -> None:
-    """Show it all at work, without LM Studio.
+    """Show the gateway at work, without LM Studio.
 
-    Starts the simulator and a gateway in front of it, lists models, loads one and chats.
+    It starts the simulator and a gateway in front of it, lists models, loads one and chats.
     """
     from gateway.commands import demo as tour
 

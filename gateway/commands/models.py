@@ -1,4 +1,4 @@
-"""The commands that manage models over HTTP, on any running gateway."""
+"""The commands that manage a running gateway's models."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gateway.commands.options import activation_body, inference_options, load_body, remote_command
+
 if TYPE_CHECKING:
     from gateway.commands.client import Event, Remote
-from gateway.commands.options import activation_body, inference_options, load_body, remote_command
 
 
 @click.command()
 @remote_command
 def models(gateway: Remote, as_json: bool) -> None:
-    """List what is active, loaded and downloaded."""
+    """List the active, the loaded and the downloaded models."""
     from gateway.commands import terminal
 
     raw = gateway.get("/admin/models")
@@ -30,11 +31,11 @@ def models(gateway: Remote, as_json: bool) -> None:
 @click.command()
 @remote_command
 @click.argument("model", metavar="KEY")
-@click.option("--as", "instance", metavar="ID", help="Name of the instance.")
+@click.option("--as", "instance", metavar="ID", help="Identifier of the instance.")
 @click.option("--context-length", type=int, metavar="TOKENS")
-@click.option("--gpu", metavar="max|off|RATIO", help="How much of the model the GPU takes.")
+@click.option("--gpu", metavar="max|off|RATIO", help="How much of the model goes to the GPU.")
 @click.option("--cpu-threads", type=int)
-@click.option("--ttl", type=int, metavar="SECONDS", help="Unload after that time without use.")
+@click.option("--ttl", type=int, metavar="SECONDS", help="Unload it after this time without use.")
 @click.option(
     "--set",
     "fields",
@@ -43,7 +44,7 @@ def models(gateway: Remote, as_json: bool) -> None:
     help="Any other field of loadConfig, e.g. flashAttention=true or gpu.mainGpu=0. Repeatable.",
 )
 @inference_options
-@click.option("--no-activate", is_flag=True, help="Leave the active model as it is.")
+@click.option("--no-activate", is_flag=True, help="Do not change the active model.")
 def load(gateway: Remote, as_json: bool, model: str, **options: Any) -> None:
     """Load a model and make it the active one. Ctrl-C cancels the load."""
     from gateway.commands import terminal
@@ -57,18 +58,18 @@ def load(gateway: Remote, as_json: bool, model: str, **options: Any) -> None:
         ):
             raw = _loaded(events, show)
     except KeyboardInterrupt:
-        terminal.tell(f"Interrupted: the gateway cancels the load of {model}.")
+        terminal.echo_error(f"Interrupted: the gateway cancels the load of {model}.")
         raise
     if as_json:
         click.echo(raw)
         return
-    answer = json.loads(raw)
-    active = "active" if answer["activated"] else "not activated"
-    took = answer["totalTimeMs"]
-    terminal.say(f"Loaded {model} as {answer['instanceId']} in {took} ms, {active}.")
-    terminal.say(f"Applied: {terminal.members(answer['appliedConfig']) or '-'}")
-    for warning in answer["warnings"]:
-        terminal.tell(f"Warning: {warning}")
+    result = json.loads(raw)
+    active = "active" if result["activated"] else "not activated"
+    took = result["totalTimeMs"]
+    terminal.echo(f"Loaded {model} as {result['instanceId']} in {took} ms, {active}.")
+    terminal.echo(f"Applied: {terminal.members(result['appliedConfig']) or '-'}")
+    for warning in result["warnings"]:
+        terminal.echo_error(f"Warning: {warning}")
 
 
 @click.command()
@@ -76,58 +77,58 @@ def load(gateway: Remote, as_json: bool, model: str, **options: Any) -> None:
 @click.argument("name", metavar="KEY|ID")
 def unload(gateway: Remote, as_json: bool, name: str) -> None:
     """Unload a model by its key or by its instance's ID."""
-    from gateway.commands.client import Refused
+    from gateway.commands.client import ErrorResponse
 
     try:
         raw = gateway.post("/admin/models/unload", {"instanceId": name})
-    except Refused as error:
+    except ErrorResponse as error:
         if error.status != 404:
             raise
         raw = gateway.post("/admin/models/unload", {"modelKey": name})
-    _answer(raw, as_json, "Unloaded {modelKey}, instance {instanceId}, in {totalTimeMs} ms.")
+    _print_result(raw, as_json, "Unloaded {modelKey}, instance {instanceId}, in {totalTimeMs} ms.")
 
 
 @click.command()
 @remote_command
 @click.argument("model", metavar="KEY")
-@click.option("--instance", metavar="ID", help="Which of its loaded instances.")
+@click.option("--instance", metavar="ID", help="The loaded instance to use.")
 @inference_options
 def activate(gateway: Remote, as_json: bool, model: str, **options: Any) -> None:
-    """Choose the model for requests that name none."""
+    """Choose the model for requests that name no model."""
     raw = gateway.post("/admin/models/activate", activation_body(model, **options))
-    _answer(raw, as_json, "Activated: {message}.")
+    _print_result(raw, as_json, "Activated: {message}.")
 
 
 @click.command()
 @remote_command
 def deactivate(gateway: Remote, as_json: bool) -> None:
-    """Let no model be the active one."""
-    _answer(gateway.post("/admin/models/deactivate", {}), as_json, "No model is active.")
+    """Make no model the active one."""
+    _print_result(gateway.post("/admin/models/deactivate", {}), as_json, "No model is active.")
 
 
 def _loaded(events: Iterator[Event], show: Callable[[float], None]) -> str:
-    """Follow a load to its end; returns the data of ``model_load_complete``."""
-    from gateway.commands.client import NotReachable, refusal
+    """Follow a load to its end and return the data of ``model_load_complete``."""
+    from gateway.commands.client import Unreachable, error_response
 
     for event in events:
         if event.name == "model_load_complete":
             return event.data
-        told = json.loads(event.data)
+        data = json.loads(event.data)
         if event.name == "error":
-            raise refusal(told["status"], told)
+            raise error_response(data["status"], data)
         if event.name == "model_load_progress":
-            show(told["progress"])
-    raise NotReachable("The gateway went away before the load had ended.")
+            show(data["progress"])
+    raise Unreachable("The gateway closed the connection before the load was complete.")
 
 
-def _answer(raw: bytes, as_json: bool, words: str) -> None:
-    """An answer as it came, or in words."""
+def _print_result(raw: bytes, as_json: bool, text: str) -> None:
+    """Print the gateway's JSON as it is, or the text filled in with its fields."""
     from gateway.commands import terminal
 
     if as_json:
         click.echo(raw)
     else:
-        terminal.say(words.format_map(json.loads(raw)))
+        terminal.echo(text.format_map(json.loads(raw)))
 
 
 COMMANDS = (models, load, unload, activate, deactivate)

@@ -1,9 +1,8 @@
-"""What the commands that ask a running gateway have in common: options, bodies, exit statuses.
+"""The common parts of the commands for a running gateway: options, request bodies, exit statuses.
 
-Each ends with an exit status that scripts can rely on: 0 done, 1 the gateway answered an error,
-2 wrong usage, 3 the gateway can't be reached, 4 not allowed, 130 interrupted. Imports of requests
-and rich (:mod:`.client`, :mod:`.terminal`) stand inside functions, so that ``serve`` starts without
-them.
+Scripts can rely on the exit statuses: 0 success, 1 an error from the gateway, 2 wrong usage, 3 the
+gateway can't be reached, 4 not allowed, 130 interrupted. requests and rich are heavy: the commands
+import :mod:`.client` and :mod:`.terminal` inside functions, so that ``serve`` starts without them.
 """
 
 from __future__ import annotations
@@ -12,53 +11,52 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from gateway import __version__
 
-if TYPE_CHECKING:
-    pass
-
 INTERRUPTED = 130
 
 
 def remote_command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command ``--url``, ``--key`` and ``--json``, the gateway as its first argument, errors
-    in words on stderr, and the exit statuses."""
+    """Give a command ``--url``, ``--key`` and ``--json``, and the gateway as its first argument.
+
+    Errors become messages on stderr and exit statuses.
+    """
 
     @click.option("--url", help="The gateway's URL.  [GATEWAY_URL, else http://127.0.0.1:8002]")
     @click.option(
         "--key",
-        help="An (admin) key. Others can see it in the list of processes, unlike GATEWAY_ADMIN_KEY"
-        " or GATEWAY_API_KEY in the environment or in .env.",
+        help="An (admin) key. Other users can see it in the process list; GATEWAY_ADMIN_KEY or"
+        " GATEWAY_API_KEY in the environment or in .env is safer.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print the gateway's JSON as it is.")
     @functools.wraps(function)
     def run(url: str | None, key: str | None, **options: Any) -> None:
-        for output in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
+        for output in filter(None, (sys.stdout, sys.stderr)):  # None: the shell has closed it
             output.reconfigure(errors="backslashreplace")
         try:
             from gateway.commands.client import Remote, RemoteError
-            from gateway.commands.terminal import tell
+            from gateway.commands.terminal import echo_error
 
             function(Remote(url, key), **options)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except RemoteError as error:
-            tell(f"Error: {error}")
+            echo_error(f"Error: {error}")
             sys.exit(error.exit_status)
-        except (LookupError, TypeError, ValueError) as fault:
-            version = f"Is it a gateway of a version near {__version__}?"
-            tell(f"Error: An answer was not understood ({fault!r}). {version}")
+        except (LookupError, TypeError, ValueError) as error:
+            hint = f"Is it a gateway of a version near {__version__}?"
+            echo_error(f"Error: Unexpected response ({error!r}). {hint}")
             sys.exit(1)
 
     return run
 
 
 def inference_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that ``defaultInference`` comes from."""
+    """Give a command the options that make up ``defaultInference``."""
     field = click.option(
         "--default",
         "defaults",
@@ -66,7 +64,7 @@ def inference_options(function: Callable[..., None]) -> Callable[..., None]:
         metavar="FIELD=VALUE",
         help="Any other field of defaultInference, e.g. topP=0.9. Repeatable.",
     )
-    limit = click.option("--max-tokens", type=int, help="Default length of an answer, at most.")
+    limit = click.option("--max-tokens", type=int, help="Default limit of generated tokens.")
     temperature = click.option("--temperature", type=float, help="Default temperature.")
     return temperature(limit(field(function)))
 
@@ -81,7 +79,7 @@ def load_body(
     no_activate: bool = False,
     **others: Any,
 ) -> dict[str, Any]:
-    """The body of ``POST /admin/models/load``; UsageError for a field given badly or twice."""
+    """The body of ``POST /admin/models/load``; UsageError for a malformed or repeated field."""
     config: dict[str, Any] = {}
     ratio = None if gpu is None else _value(gpu)
     options = {"contextLength": context_length, "cpuThreads": cpu_threads, "gpu.ratio": ratio}
@@ -103,7 +101,7 @@ def activation_body(
     max_tokens: int | None = None,
     defaults: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """What the bodies of loading and activating have in common."""
+    """The body of ``POST /admin/models/activate``, which every load's body contains."""
     inference: dict[str, Any] = {}
     options = {"temperature": temperature, "maxTokens": max_tokens}
     _put_all(inference, options, defaults, "--default")
@@ -118,7 +116,7 @@ def activation_body(
 def _put_all(
     target: dict[str, Any], options: dict[str, Any], assignments: tuple[str, ...], option: str
 ) -> None:
-    """Set the options that were given, and each ``FIELD=VALUE`` behind ``option``."""
+    """Set the given options, and the field of each ``FIELD=VALUE`` of ``option``."""
     for field, value in options.items():
         if value is not None:
             _put(target, field, value)
@@ -130,19 +128,19 @@ def _put_all(
 
 
 def _put(target: dict[str, Any], field: str, value: Any) -> None:
-    """Set ``a.b`` in nested objects."""
+    """Set a field, where ``a.b`` is field ``b`` of the object ``a``."""
     *outer, last = field.split(".")
     for name in outer:
         target = target.setdefault(name, {})
         if not isinstance(target, dict):
-            raise click.UsageError(f"{field}: {name} has a value of its own already.")
+            raise click.UsageError(f"{field}: {name} already has a value of its own.")
     if last in target:
-        raise click.UsageError(f"{field}: is given twice.")
+        raise click.UsageError(f"{field}: given twice.")
     target[last] = value
 
 
 def _value(text: str) -> Any:
-    """What a text means as JSON, else the text."""
+    """The value of a text that is JSON, else the text itself."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The commands that watch a running gateway over HTTP."""
+"""The commands that watch a running gateway."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gateway.commands.options import remote_command
+
 if TYPE_CHECKING:
     from rich.console import Group
 
     from gateway.commands.client import Remote
-from gateway.commands.options import remote_command
 
 
 @click.command()
 @remote_command
 @click.option("--types", default="", metavar="A,B", help="Only events of these types.")
 def events(gateway: Remote, as_json: bool, types: str) -> None:
-    """Follow what happens, until Ctrl-C. With --json, one object per line: id, event, data.
+    """Follow the events until Ctrl-C. With --json, one object per line: id, event, data.
 
-    After a drop it connects again and goes on behind the last event.
+    It reconnects after a lost connection and continues after the last event.
     """
     from gateway.commands import terminal
 
-    for event in gateway.follow(types, terminal.tell):
+    for event in gateway.follow(types, terminal.echo_error):
         if as_json:
             names = f'"id":{json.dumps(event.id)},"event":{json.dumps(event.name)}'
             click.echo(f'{{{names},"data":{event.data}}}')
@@ -37,42 +38,42 @@ def events(gateway: Remote, as_json: bool, types: str) -> None:
 @click.command()
 @remote_command
 def status(gateway: Remote, as_json: bool) -> None:
-    """Tell whether all is well, and what runs now."""
+    """Show the gateway's health and what it is doing."""
     from gateway.commands import terminal
 
     raw = gateway.get("/debug/status")
     if as_json:
         click.echo(raw)
         return
-    told = json.loads(raw)
+    status = json.loads(raw)
     health = json.loads(gateway.get("/health"))
     lines = {
         "Gateway": f"{gateway.url}, version {health['version']}, {health['status']}",
         "LM Studio": _connection(health["lmstudio"]),
         "State": _connection(health["state"]),
-        "Active": terminal.active(told["activeModel"]),
-        "Now": f"{told['status']}, {len(told['inFlight'])} in flight",
-        "Requests": f"{told['totalRequests']}, {told['totalErrors']} errors",
+        "Active": terminal.active(status["activeModel"]),
+        "Now": f"{status['status']}, {len(status['inFlight'])} in flight",
+        "Requests": f"{status['totalRequests']}, {status['totalErrors']} errors",
     }
     for name, text in lines.items():
-        terminal.say(f"{name + ':':10} {text}")
+        terminal.echo(f"{name + ':':10} {text}")
 
 
 @click.command()
 @remote_command
-@click.option("--once", is_flag=True, help="Print one view and end.")
+@click.option("--once", is_flag=True, help="Print one view and exit.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="From one look to the next; rates are over it.",
+    help="Time between two updates, over which rates are averaged.",
 )
 def top(gateway: Remote, as_json: bool, once: bool, interval: float) -> None:
-    """Watch requests and rates live, until Ctrl-C.
+    """Watch requests and rates live until Ctrl-C.
 
-    With --json, the JSON of "status" at every interval.
+    With --json, prints the JSON of "status" at every interval.
     """
     from gateway.commands import terminal
 
@@ -90,7 +91,7 @@ def top(gateway: Remote, as_json: bool, once: bool, interval: float) -> None:
 
 
 def _views(gateway: Remote, interval: float) -> Iterator[Group]:
-    """A view of each interval, without an end."""
+    """Yield a view of each interval, forever."""
     from gateway.commands import terminal
 
     before = _Sample(gateway)
@@ -105,7 +106,7 @@ def _views(gateway: Remote, interval: float) -> Iterator[Group]:
 
 
 class _Sample:
-    """What the gateway says at one moment."""
+    """The gateway's status and counters at one moment."""
 
     def __init__(self, gateway: Remote) -> None:
         self.status = json.loads(gateway.get("/debug/status"))
@@ -113,13 +114,13 @@ class _Sample:
         self.moment = time.monotonic()
 
     def rate(self, before: _Sample, counter: str) -> float:
-        """A counter's growth per second; a gateway that has started anew counts from 0."""
+        """A counter's growth per second; 0 where a restart has reset it."""
         grown = self.performance[counter] - before.performance[counter]
         return float(max(0, grown) / (self.moment - before.moment))
 
 
-def _connection(told: dict[str, Any]) -> str:
-    return "connected" if told["connected"] else f"not connected: {told.get('error')}"
+def _connection(health: dict[str, Any]) -> str:
+    return "connected" if health["connected"] else f"not connected: {health.get('error')}"
 
 
 COMMANDS = (events, status, top)

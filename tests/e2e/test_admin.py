@@ -50,10 +50,10 @@ SPLIT = {"strategy": "priorityOrder", "disabledGpus": [2], "priority": [1], "cus
 
 
 def load(gateway: Gateway, key: str, status: int = 200, **body: Any) -> Any:
-    answer = gateway.post("/admin/models/load", {"modelKey": key, **body})
-    assert answer.status_code == status, answer.text
-    assert answer.headers["X-Request-Id"]
-    return answer.json()
+    response = gateway.post("/admin/models/load", {"modelKey": key, **body})
+    assert response.status_code == status, response.text
+    assert response.headers["X-Request-Id"]
+    return response.json()
 
 
 def active(gateway: Gateway) -> Any:
@@ -90,13 +90,13 @@ def test_the_listing_has_the_contracts_fields(gateway: Gateway) -> None:
     assert listing["active"]["loaded"] is True
 
 
-def test_a_model_of_a_kind_nobody_knows_does_not_break_the_listing(
+def test_a_model_of_an_unknown_kind_does_not_break_the_listing(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     simulator.faults(unknown_model_type=True)
-    answer = gateway.get("/admin/models")
-    assert answer.status_code == 200
-    kinds = {model["modelKey"]: model for model in answer.json()["downloaded"]}
+    response = gateway.get("/admin/models")
+    assert response.status_code == 200
+    kinds = {model["modelKey"]: model for model in response.json()["downloaded"]}
     assert kinds["future-reranker"]["type"] == "reranker"
     assert kinds["future-format-8b"]["format"] == "hologram"
     load(gateway, SMALL)
@@ -109,22 +109,22 @@ def test_every_load_field_reaches_lm_studio_and_is_read_back(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     config = {name: value for name, value, _, _ in EVERY_FIELD} | {"gpu": GPU}
-    answer = load(gateway, QWEN, instanceId="tuned", loadConfig=config)
+    response = load(gateway, QWEN, instanceId="tuned", loadConfig=config)
     (attempt,) = simulator.state()["loads"]
     expected = {key: form for _, _, key, form in EVERY_FIELD}
     expected |= {"llm.load.llama.acceleration.offloadRatio": 0.5, "load.gpuSplitConfig": SPLIT}
     assert attempt["fields"].items() >= expected.items()
     assert attempt["ignored"] == {}
-    assert answer["appliedConfig"].items() >= config.items()
-    assert answer["warnings"] == []
-    assert (answer["status"], answer["modelKey"]) == ("loaded", QWEN)
-    assert (answer["instanceId"], answer["activated"]) == ("tuned", True)
-    assert answer["message"] == "Model loaded successfully via LM Studio SDK"
-    assert answer["totalTimeMs"] >= 400
+    assert response["appliedConfig"].items() >= config.items()
+    assert response["warnings"] == []
+    assert (response["status"], response["modelKey"]) == ("loaded", QWEN)
+    assert (response["instanceId"], response["activated"]) == ("tuned", True)
+    assert response["message"] == "Model loaded successfully via LM Studio SDK"
+    assert response["totalTimeMs"] >= 400
     assert simulator.state()["warnings"] == []
 
 
-def test_what_is_applied_is_told_even_when_nothing_was_asked_for(gateway: Gateway) -> None:
+def test_the_applied_config_is_shown_even_when_none_was_requested(gateway: Gateway) -> None:
     applied = load(gateway, SMALL)["appliedConfig"]
     assert applied["contextLength"] == 4096
     assert applied["gpu"]["ratio"] == "max"
@@ -135,8 +135,8 @@ def test_an_embedding_model_loads_with_warnings_for_what_it_lacks(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     config = {"contextLength": 1024, "gpu": {"ratio": 0.5}, "flashAttention": True, "cpuThreads": 2}
-    answer = load(gateway, EMBEDDING, loadConfig=config)
-    assert {text.partition(":")[0] for text in answer["warnings"]} == {
+    response = load(gateway, EMBEDDING, loadConfig=config)
+    assert {text.partition(":")[0] for text in response["warnings"]} == {
         "flashAttention",
         "cpuThreads",
     }
@@ -145,14 +145,14 @@ def test_an_embedding_model_loads_with_warnings_for_what_it_lacks(
     assert attempt["fields"]["embedding.load.contextLength"] == 1024
     assert attempt["fields"]["embedding.load.llama.acceleration.offloadRatio"] == 0.5
     assert attempt["ignored"] == {}
-    assert answer["appliedConfig"]["contextLength"] == 1024
+    assert response["appliedConfig"]["contextLength"] == 1024
 
 
-def test_layers_are_warned_about_beside_a_ratio_and_refused_alone(
+def test_layers_beside_a_ratio_are_a_warning_and_alone_an_error(
     gateway: Gateway, simulator: Simulator
 ) -> None:
-    answer = load(gateway, SMALL, loadConfig={"gpu": {"ratio": 0.5, "layers": 20}})
-    assert [text.partition(":")[0] for text in answer["warnings"]] == ["gpu.layers"]
+    response = load(gateway, SMALL, loadConfig={"gpu": {"ratio": 0.5, "layers": 20}})
+    assert [text.partition(":")[0] for text in response["warnings"]] == ["gpu.layers"]
     refused = load(gateway, SMALL, 400, loadConfig={"gpu": {"layers": 20}})
     assert refused["error"] == "Validation failed"
     assert refused["details"][0]["path"] == ["loadConfig", "gpu", "layers"]
@@ -170,26 +170,26 @@ def test_several_instances_of_a_model_get_lm_studios_names(gateway: Gateway) -> 
 
 
 def test_an_unknown_model_is_404(gateway: Gateway) -> None:
-    told = load(gateway, "no-such-model", 404)
-    assert told["error"] == "Model not found: no-such-model"
-    assert told["requestId"]
+    error = load(gateway, "no-such-model", 404)
+    assert error["error"] == "Model not found: no-such-model"
+    assert error["requestId"]
 
 
-def test_an_instance_that_exists_is_409_and_not_to_be_retried(gateway: Gateway) -> None:
+def test_an_instance_that_exists_is_409_without_retries(gateway: Gateway) -> None:
     load(gateway, SMALL, instanceId="taken")
     for key in (SMALL, QWEN, EMBEDDING):
         body = {"modelKey": key, "instanceId": "taken"}
-        answer = gateway.post("/admin/models/load", body)
-        assert answer.status_code == 409
-        assert answer.headers["x-should-retry"] == "false"
-        assert "taken" in answer.json()["error"]
+        response = gateway.post("/admin/models/load", body)
+        assert response.status_code == 409
+        assert response.headers["x-should-retry"] == "false"
+        assert "taken" in response.json()["error"]
 
 
-def test_a_refused_load_is_502_with_lm_studios_words(
+def test_a_load_that_lm_studio_rejects_is_502_with_its_message(
     gateway: Gateway, simulator: Simulator
 ) -> None:
-    told = load(gateway, TOO_LARGE, 502)
-    assert "insufficient memory: the model needs about 404.00 GB" in told["error"]
+    error = load(gateway, TOO_LARGE, 502)["error"]
+    assert "insufficient memory: the model needs about 404.00 GB" in error
     simulator.faults(fail_loads="the GPU is on fire")
     assert "the GPU is on fire" in load(gateway, SMALL, 502)["error"]
     assert active(gateway) is None
@@ -220,33 +220,33 @@ def test_a_refused_load_is_502_with_lm_studios_words(
         ),
     ],
 )
-def test_a_bad_body_is_400_with_the_path_of_each_fault(
+def test_an_invalid_body_is_400_with_the_path_of_each_problem(
     gateway: Gateway, simulator: Simulator, body: Any, path: list[str], words: str
 ) -> None:
-    answer = gateway.post("/admin/models/load", body)
-    assert answer.status_code == 400
-    told = answer.json()
-    assert told["error"] == "Validation failed"
-    assert [detail["path"] for detail in told["details"]] == [path]
-    assert words in told["details"][0]["message"]
+    response = gateway.post("/admin/models/load", body)
+    assert response.status_code == 400
+    error = response.json()
+    assert error["error"] == "Validation failed"
+    assert [detail["path"] for detail in error["details"]] == [path]
+    assert words in error["details"][0]["message"]
     assert simulator.state()["loads"] == []
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a":NaN}', "[" * 100_000])
-def test_a_body_that_is_no_json_is_400(gateway: Gateway, content: str) -> None:
+def test_a_body_that_is_not_json_is_400(gateway: Gateway, content: str) -> None:
     for path in ("load", "unload", "activate"):
-        answer = gateway.http.post(
+        response = gateway.http.post(
             f"{gateway.url}/admin/models/{path}", data=content.encode(), timeout=10
         )
-        assert answer.status_code == 400, path
-        assert set(answer.json()) == {"error", "requestId"}
+        assert response.status_code == 400, path
+        assert set(response.json()) == {"error", "requestId"}
 
 
 # TTL
 
 
 @pytest.mark.parametrize("ttl", [{}, {"ttlSeconds": 0}])
-def test_without_a_ttl_there_is_none(
+def test_a_load_has_no_ttl_by_default(
     gateway: Gateway, simulator: Simulator, ttl: dict[str, int]
 ) -> None:
     load(gateway, SMALL, **ttl)

@@ -15,21 +15,21 @@ DEFAULTS = {"temperature": 0.7, "maxTokens": 256, "stopStrings": ["END"]}
 
 
 def load(gateway: Gateway, key: str, **body: Any) -> Any:
-    answer = gateway.post("/admin/models/load", {"modelKey": key, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = gateway.post("/admin/models/load", {"modelKey": key, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 def unload(gateway: Gateway, status: int = 200, **body: Any) -> Any:
-    answer = gateway.post("/admin/models/unload", body)
-    assert answer.status_code == status, answer.text
-    return answer.json()
+    response = gateway.post("/admin/models/unload", body)
+    assert response.status_code == status, response.text
+    return response.json()
 
 
 def activate(gateway: Gateway, **body: Any) -> Any:
-    answer = gateway.post("/admin/models/activate", body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = gateway.post("/admin/models/activate", body)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 def active(gateway: Gateway) -> Any:
@@ -40,11 +40,11 @@ def loaded(simulator: Simulator) -> set[str]:
     return {model["identifier"] for model in simulator.state()["loaded"]}
 
 
-def test_a_load_activates_unless_told_otherwise(gateway: Gateway) -> None:
+def test_a_load_activates_by_default(gateway: Gateway) -> None:
     assert load(gateway, SMALL, activate=False)["activated"] is False
     assert active(gateway) is None
-    answer = load(gateway, SMALL, instanceId="mine", defaultInference=DEFAULTS)
-    assert answer["activated"] is True
+    response = load(gateway, SMALL, instanceId="mine", defaultInference=DEFAULTS)
+    assert response["activated"] is True
     assert active(gateway) == {
         "modelKey": SMALL,
         "instanceId": "mine",
@@ -56,10 +56,12 @@ def test_a_load_activates_unless_told_otherwise(gateway: Gateway) -> None:
     assert active(gateway)["instanceId"] == "mine"
 
 
-def test_an_activation_is_answered_and_shown(gateway: Gateway, simulator: Simulator) -> None:
-    answer = activate(gateway, modelKey=QWEN, instanceId="primary", defaultInference=DEFAULTS)
-    assert answer.pop("message")
-    assert answer == {
+def test_an_activation_is_in_its_response_and_in_the_listing(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    response = activate(gateway, modelKey=QWEN, instanceId="primary", defaultInference=DEFAULTS)
+    assert response.pop("message")
+    assert response == {
         "status": "activated",
         "modelKey": QWEN,
         "instanceId": "primary",
@@ -69,14 +71,14 @@ def test_an_activation_is_answered_and_shown(gateway: Gateway, simulator: Simula
     assert loaded(simulator) == set()
 
 
-def test_an_activation_replaces_the_former_one_whole(gateway: Gateway) -> None:
+def test_an_activation_replaces_the_whole_previous_one(gateway: Gateway) -> None:
     activate(gateway, modelKey=QWEN, instanceId="primary", defaultInference=DEFAULTS)
     assert activate(gateway, modelKey=EMBEDDING)["defaultInference"] == {}
     now = active(gateway)
     assert (now["instanceId"], now["defaultInference"], now["type"]) == (None, {}, "embedding")
 
 
-def test_an_active_key_is_loaded_while_an_instance_of_it_is(gateway: Gateway) -> None:
+def test_an_active_key_counts_as_loaded_while_any_instance_of_it_is(gateway: Gateway) -> None:
     activate(gateway, modelKey=SMALL)
     assert active(gateway)["loaded"] is False
     load(gateway, SMALL, instanceId="other-name", activate=False)
@@ -88,28 +90,28 @@ def test_deactivating_leaves_the_model_loaded(
     gateway: Gateway, simulator: Simulator, body: Any
 ) -> None:
     load(gateway, SMALL)
-    answer = gateway.post("/admin/models/deactivate", body)
-    assert answer.json() == {"status": "deactivated"}
+    response = gateway.post("/admin/models/deactivate", body)
+    assert response.json() == {"status": "deactivated"}
     assert active(gateway) is None
     assert loaded(simulator) == {SMALL}
-    told = gateway.post("/v1/chat/completions", {"messages": []}).json()["error"]
-    assert told["code"] == "no_active_model"
+    error = gateway.post("/v1/chat/completions", {"messages": []}).json()["error"]
+    assert error["code"] == "no_active_model"
 
 
 @pytest.mark.parametrize("path", ["activate", "deactivate", "unload"])
-def test_a_field_nobody_knows_is_400(gateway: Gateway, path: str) -> None:
-    answer = gateway.post(f"/admin/models/{path}", {"modelKey": SMALL, "force": True})
-    assert answer.status_code == 400
-    assert ["force"] in [detail["path"] for detail in answer.json()["details"]]
+def test_an_unknown_field_is_400(gateway: Gateway, path: str) -> None:
+    response = gateway.post(f"/admin/models/{path}", {"modelKey": SMALL, "force": True})
+    assert response.status_code == 400
+    assert ["force"] in [detail["path"] for detail in response.json()["details"]]
 
 
 def test_unloading_by_key_by_instance_and_by_both(gateway: Gateway, simulator: Simulator) -> None:
     for number in range(3):
         load(gateway, SMALL, instanceId=f"i{number}", activate=False)
     load(gateway, QWEN, activate=False)
-    answer = unload(gateway, modelKey=QWEN)
-    assert answer.pop("totalTimeMs") >= 0
-    assert answer == {
+    response = unload(gateway, modelKey=QWEN)
+    assert response.pop("totalTimeMs") >= 0
+    assert response == {
         "status": "unloaded",
         "modelKey": QWEN,
         "instanceId": QWEN,
@@ -137,7 +139,7 @@ def test_an_embedding_model_is_unloaded_too(gateway: Gateway, simulator: Simulat
         {"modelKey": "no-such-model"},
     ],
 )
-def test_what_is_not_loaded_cannot_be_unloaded(
+def test_unloading_an_instance_that_is_not_loaded_is_404(
     gateway: Gateway, simulator: Simulator, body: dict[str, str]
 ) -> None:
     load(gateway, SMALL, instanceId="mine")
@@ -146,13 +148,13 @@ def test_what_is_not_loaded_cannot_be_unloaded(
     assert active(gateway)["instanceId"] == "mine"
 
 
-def test_a_key_of_several_instances_must_be_made_definite(
+def test_unloading_a_key_with_several_instances_is_409(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     load(gateway, SMALL, instanceId="a")
     load(gateway, SMALL, instanceId="b")
-    told = unload(gateway, 409, modelKey=SMALL)["error"]
-    assert "a, b" in told
+    error = unload(gateway, 409, modelKey=SMALL)["error"]
+    assert "a, b" in error
     assert loaded(simulator) == {"a", "b"}
 
 

@@ -1,4 +1,4 @@
-"""A load that is watched: its events, and that a client who leaves cancels it."""
+"""A streamed load: its events, and its cancellation when the client disconnects."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def stream(gateway: Gateway, **body: Any) -> Any:
     return gateway.post("/admin/models/load", body, headers=EVENTS, stream=True)
 
 
-def events(answer: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Every event of an answer; comments are skipped, anything else than one data line fails."""
+def events(response: Any) -> list[tuple[str, dict[str, Any]]]:
+    """All events of a response, without comments; each must have exactly one data line."""
     found = []
-    for block in answer.content.decode().split("\n\n"):
+    for block in response.content.decode().split("\n\n"):
         lines = [line for line in block.split("\n") if line and not line.startswith(":")]
         if lines:
             name, data = lines
@@ -33,15 +33,15 @@ def events(answer: Any) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def test_a_streamed_load_tells_its_progress_and_its_answer(
+def test_a_streamed_load_sends_its_progress_and_its_result(
     gateway: Gateway, simulator: Simulator
 ) -> None:
-    with stream(gateway, modelKey=QWEN, instanceId="one") as answer:
-        assert answer.status_code == 200
-        assert answer.headers["Content-Type"].startswith("text/event-stream")
-        assert answer.headers["X-Accel-Buffering"] == "no"
-        assert answer.headers["Cache-Control"] == "no-cache"
-        *progress, (last, complete) = events(answer)
+    with stream(gateway, modelKey=QWEN, instanceId="one") as response:
+        assert response.status_code == 200
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        assert response.headers["X-Accel-Buffering"] == "no"
+        assert response.headers["Cache-Control"] == "no-cache"
+        *progress, (last, complete) = events(response)
     assert {name for name, _ in progress} == {"model_load_progress"}
     fractions = [data["progressRaw"] for _, data in progress]
     assert len(fractions) >= 10
@@ -59,9 +59,9 @@ def test_a_streamed_load_tells_its_progress_and_its_answer(
     assert [one["identifier"] for one in simulator.state()["loaded"]] == ["one"]
 
 
-def test_the_progress_comes_while_it_happens(gateway: Gateway, simulator: Simulator) -> None:
-    with stream(gateway, modelKey=SLOW) as answer:
-        lines = answer.iter_lines()
+def test_progress_is_sent_while_the_model_loads(gateway: Gateway, simulator: Simulator) -> None:
+    with stream(gateway, modelKey=SLOW) as response:
+        lines = response.iter_lines()
         assert next(lines) == b"event: model_load_progress"
         assert simulator.state()["loads"][0]["outcome"] == "loading"
     eventually(lambda: simulator.state()["loads"][0]["outcome"] == "cancelled", 5)
@@ -82,33 +82,33 @@ def test_the_progress_comes_while_it_happens(gateway: Gateway, simulator: Simula
 def test_a_failed_load_ends_in_an_error_event(
     gateway: Gateway, body: dict[str, Any], status: int, words: str
 ) -> None:
-    with stream(gateway, **body) as answer:
-        assert answer.status_code == 200
-        request_id = answer.headers["X-Request-Id"]
-        name, told = events(answer)[-1]
+    with stream(gateway, **body) as response:
+        assert response.status_code == 200
+        request_id = response.headers["X-Request-Id"]
+        name, error = events(response)[-1]
     assert name == "error"
-    assert words in told["error"]
-    assert (told["status"], told["requestId"]) == (status, request_id)
+    assert words in error["error"]
+    assert (error["status"], error["requestId"]) == (status, request_id)
 
 
 def test_an_error_event_has_the_details_of_a_validation(gateway: Gateway) -> None:
-    with stream(gateway, modelKey=QWEN, loadConfig={"gpu": {"layers": 5}}) as answer:
-        told = events(answer)[-1][1]
-    assert told["details"][0]["path"] == ["loadConfig", "gpu", "layers"]
+    with stream(gateway, modelKey=QWEN, loadConfig={"gpu": {"layers": 5}}) as response:
+        error = events(response)[-1][1]
+    assert error["details"][0]["path"] == ["loadConfig", "gpu", "layers"]
 
 
-def test_a_bad_body_is_refused_before_the_stream_begins(gateway: Gateway) -> None:
-    with stream(gateway, modelKey="") as answer:
-        assert answer.status_code == 400
-        assert answer.json()["details"]
+def test_an_invalid_body_is_rejected_before_the_stream_begins(gateway: Gateway) -> None:
+    with stream(gateway, modelKey="") as response:
+        assert response.status_code == 400
+        assert response.json()["details"]
 
 
 def slow_load(simulator: Simulator) -> dict[str, Any] | None:
     return next((load for load in simulator.state()["loads"] if load["modelKey"] == SLOW), None)
 
 
-def send_and_leave(gateway: Gateway, simulator: Simulator, accept: str) -> None:
-    """Ask for the slow load on a socket of our own and close it once the load runs."""
+def start_and_disconnect(gateway: Gateway, simulator: Simulator, accept: str) -> None:
+    """Start the slow load on a socket of its own, and close that once the load is in progress."""
     body = json.dumps({"modelKey": SLOW}).encode()
     head = (
         f"POST /admin/models/load HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n"
@@ -120,10 +120,10 @@ def send_and_leave(gateway: Gateway, simulator: Simulator, accept: str) -> None:
 
 
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
-def test_a_client_that_leaves_cancels_the_load(
+def test_a_client_that_disconnects_cancels_its_load(
     gateway: Gateway, simulator: Simulator, accept: str
 ) -> None:
-    send_and_leave(gateway, simulator, accept)
+    start_and_disconnect(gateway, simulator, accept)
 
     def outcome() -> Any:
         return simulator.state()["loads"][0]["outcome"]
@@ -134,11 +134,11 @@ def test_a_client_that_leaves_cancels_the_load(
     assert gateway.post("/admin/models/load", {"modelKey": QWEN}).status_code == 200
 
 
-def test_a_client_that_leaves_does_not_disturb_another_load(
+def test_a_client_that_disconnects_does_not_disturb_another_load(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     with stream(gateway, modelKey=QWEN) as kept:
-        send_and_leave(gateway, simulator, "*/*")
+        start_and_disconnect(gateway, simulator, "*/*")
         assert events(kept)[-1][0] == "model_load_complete"
     eventually(lambda: (load := slow_load(simulator)) and load["outcome"] == "cancelled", 3)
     outcomes = {load["modelKey"]: load["outcome"] for load in simulator.state()["loads"]}

@@ -1,4 +1,4 @@
-"""The commands for administrators: the installed script against a running gateway."""
+"""The admin commands: the installed script against a running gateway."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Launch = Callable[..., Gateway]
 
 
 class Command:
-    """One running ``lmstudio-gateway``; what it prints is collected as it comes."""
+    """A running ``lmstudio-gateway`` whose output is collected as it is printed."""
 
     def __init__(self, arguments: tuple[str, ...], environ: dict[str, str], folder: Path) -> None:
         inherited = {name: text for name, text in os.environ.items() if name not in NOT_INHERITED}
@@ -93,7 +93,7 @@ class Command:
 
     def _collect(self, name: str, descriptor: int) -> None:
         def read() -> None:
-            with suppress(OSError):  # EIO: what a terminal's end is told with
+            with suppress(OSError):  # EIO: the end of a terminal
                 while data := os.read(descriptor, 65536):
                     setattr(self, name, getattr(self, name) + data)
 
@@ -107,7 +107,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start the script in an empty folder with the given settings and no others."""
+    """Starts the script in an empty folder, with only the given settings."""
     started: list[Command] = []
 
     def begin(*arguments: str, terminal: bool = False, **environ: str) -> Command:
@@ -122,13 +122,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def run(start: Start) -> Run:
-    """Run the script to its end."""
+    """Runs the script to its end."""
     return lambda *arguments, **options: start(*arguments, **options).finish()
 
 
 @pytest.fixture
 def ask(run: Run, gateway: Gateway) -> Run:
-    """Run the script to its end, with the module's gateway."""
+    """Runs the script to its end, with the module's gateway."""
     return lambda *arguments, **options: run(*arguments, GATEWAY_URL=gateway.url, **options)
 
 
@@ -156,7 +156,7 @@ def test_json_is_the_gateways_own(ask: Run, gateway: Gateway, command: str, path
     assert out == gateway.get(path).text + "\n"
 
 
-def test_a_load_has_every_option_and_tells_what_was_applied(
+def test_a_load_takes_every_option_and_shows_what_was_applied(
     ask: Run, gateway: Gateway, simulator: Simulator
 ) -> None:
     options = ["--as", "one", "--context-length", "8192", "--gpu", "0.5", "--cpu-threads", "3"]
@@ -178,12 +178,12 @@ def test_a_load_has_every_option_and_tells_what_was_applied(
     assert listing["loaded"][0]["ttlMs"] == 90_000
 
 
-def test_a_load_need_not_activate(ask: Run, gateway: Gateway) -> None:
+def test_a_load_with_no_activate_does_not_activate(ask: Run, gateway: Gateway) -> None:
     status, out, _ = ask("load", QWEN, "--no-activate", "--json")
     assert status == 0
-    answer = json.loads(out)
-    assert (answer["status"], answer["activated"]) == ("loaded", False)
-    assert answer["appliedConfig"]["contextLength"] == 4096
+    response = json.loads(out)
+    assert (response["status"], response["activated"]) == ("loaded", False)
+    assert response["appliedConfig"]["contextLength"] == 4096
     assert gateway.get("/admin/models").json()["active"] is None
 
 
@@ -191,9 +191,9 @@ def test_in_a_terminal_a_load_has_a_bar(ask: Run) -> None:
     status, out, err = ask("load", QWEN, terminal=True)
     assert (status, err) == (0, "")
     assert "━" in out
-    assert "\x1b[2K" in out  # the line is written anew
+    assert "\x1b[2K" in out  # the line is redrawn
     assert "100%" in out
-    assert out.count("\n") == 3  # the bar in its place, and two lines
+    assert out.count("\n") == 3  # the bar, which stays on its line, and two more lines
 
 
 def test_ctrl_c_cancels_the_load_in_lm_studio(
@@ -208,12 +208,12 @@ def test_ctrl_c_cancels_the_load_in_lm_studio(
     assert gateway.get("/admin/models").json()["loaded"] == []
 
 
-def test_ctrl_c_in_a_terminal_leaves_it_in_order(start: Start, gateway: Gateway) -> None:
+def test_ctrl_c_restores_the_terminal(start: Start, gateway: Gateway) -> None:
     command = start("load", SLOW, GATEWAY_URL=gateway.url, terminal=True)
     eventually(lambda: b"%" in command.out, 30)
     status, out, err = command.interrupt().finish()
     assert (status, err.count("\n")) == (130, 1)
-    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")  # the cursor is shown again
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")  # the cursor is visible again
 
 
 @pytest.mark.parametrize("name", [QWEN, "one"])
@@ -241,7 +241,7 @@ def test_activating_and_deactivating(ask: Run, gateway: Gateway) -> None:
 # Watching
 
 
-def test_events_are_lines(start: Start, gateway: Gateway) -> None:
+def test_events_are_printed_as_lines(start: Start, gateway: Gateway) -> None:
     command = start("events", "--types", "model_activate", GATEWAY_URL=gateway.url)
     eventually(lambda: b"connected" in command.out, 30)
     for name in ("[bold]first", "\x1b[31msecond"):
@@ -256,7 +256,7 @@ def test_events_are_lines(start: Start, gateway: Gateway) -> None:
     assert second[1:] == ["model_activate", "modelKey=\\x1b[31msecond"]
 
 
-def test_events_have_colours_in_a_terminal(start: Start, gateway: Gateway) -> None:
+def test_events_are_coloured_in_a_terminal(start: Start, gateway: Gateway) -> None:
     command = start("events", GATEWAY_URL=gateway.url, terminal=True)
     eventually(lambda: b"connected" in command.out, 30)
     gateway.post("/admin/models/activate", {"modelKey": QWEN})
@@ -264,20 +264,20 @@ def test_events_have_colours_in_a_terminal(start: Start, gateway: Gateway) -> No
     assert command.interrupt().finish()[0] == 130
 
 
-def test_events_go_on_behind_the_last_one_when_the_gateway_is_back(
+def test_events_continue_after_the_last_one_when_the_gateway_is_back(
     start: Start, launch: Launch
 ) -> None:
     gateway = launch()
     command = start("events", "--json", GATEWAY_URL=gateway.url)
 
     def activated() -> list[str]:
-        told = [line for line in command.lines() if line["event"] == "model_activate"]
-        return [line["data"]["modelKey"] for line in told]
+        events = [line for line in command.lines() if line["event"] == "model_activate"]
+        return [event["data"]["modelKey"] for event in events]
 
     eventually(command.lines, 30)
     gateway.post("/admin/models/activate", {"modelKey": "before"})
     eventually(lambda: activated() == ["before"], 30)
-    # it is not there while the gateway is stopped, started anew and used
+    # the command is suspended while the gateway restarts and publishes an event
     command.process.send_signal(signal.SIGSTOP)
     gateway.stop()
     gateway.start()
@@ -289,58 +289,58 @@ def test_events_go_on_behind_the_last_one_when_the_gateway_is_back(
     status, _, err = command.interrupt().finish()
     assert status == 130
     lost, back = err.splitlines()
-    assert lost.endswith("Trying to connect again …")
-    assert back.startswith("Connected again; going on behind event ")
+    assert lost.endswith("Reconnecting …")
+    assert back.startswith("Reconnected; continuing after event ")
     assert [line["event"] for line in command.lines()].count("connected") == 2
     ids = [int(line["id"]) for line in command.lines()]
     assert ids == sorted(ids)
 
 
-def test_status_tells_what_is_well_and_what_is_not(
+def test_status_shows_the_health_of_each_part(
     ask: Run, gateway: Gateway, simulator: Simulator
 ) -> None:
     gateway.post("/admin/models/activate", {"modelKey": QWEN})
     status, out, err = ask("status")
     assert (status, err) == (0, "")
-    told = dict(line.split(": ", 1) for line in out.splitlines())
-    told = {name: text.strip() for name, text in told.items()}
-    assert told["Gateway"].startswith(f"{gateway.url}, version ")
-    assert told["LM Studio"] == told["State"] == "connected"
-    assert (told["Active"], told["Now"]) == (QWEN, "idle, 0 in flight")
+    pairs = [line.split(": ", 1) for line in out.splitlines()]
+    shown = {name: text.strip() for name, text in pairs}
+    assert shown["Gateway"].startswith(f"{gateway.url}, version ")
+    assert shown["LM Studio"] == shown["State"] == "connected"
+    assert (shown["Active"], shown["Now"]) == (QWEN, "idle, 0 in flight")
     simulator.faults(silent_http=True)
     assert "LM Studio: not connected: " in ask("status")[1]
 
 
 @pytest.fixture
-def running(gateway: Gateway, simulator: Simulator) -> Iterator[str]:
-    """The request id of an exchange that does not end before the test."""
+def in_flight(gateway: Gateway, simulator: Simulator) -> Iterator[str]:
+    """The request id of an exchange that stays in flight until the test ends."""
     body = {"model": QWEN, "stream": True, "messages": [{"role": "user", "content": "count to 9"}]}
-    headers = {"X-Simulator-Fault": "silent-stream", "X-Request-Id": "req-that-runs"}
+    headers = {"X-Simulator-Fault": "silent-stream", "X-Request-Id": "req-in-flight"}
     url = f"{gateway.url}/v1/chat/completions"
-    with requests.post(url, json=body, headers=headers, stream=True, timeout=60) as answer:
-        assert answer.status_code == 200
+    with requests.post(url, json=body, headers=headers, stream=True, timeout=60) as response:
+        assert response.status_code == 200
         eventually(lambda: gateway.get("/debug/status").json()["inFlight"], 20)
-        yield "req-that-runs"
+        yield "req-in-flight"
 
 
-def test_top_once_shows_what_runs(ask: Run, running: str) -> None:
+def test_top_once_shows_what_is_in_flight(ask: Run, in_flight: str) -> None:
     status, out, err = ask("top", "--once", "--interval", "0.2")
     assert (status, err) == (0, "")
     assert " requests/s, " in out
     assert "\nActive: none\n" in out
     assert "1 in flight (processing_inference)" in out
-    (row,) = [line.split() for line in out.splitlines() if line.startswith(running)]
+    (row,) = [line.split() for line in out.splitlines() if line.startswith(in_flight)]
     assert row[1:4] == ["-", "/v1/chat/completions", QWEN]
     assert float(row[4]) >= 0
     assert "\x1b" not in out
 
 
-def test_top_lives_in_a_screen_of_its_own(start: Start, gateway: Gateway, running: str) -> None:
+def test_top_uses_the_alternate_screen(start: Start, gateway: Gateway, in_flight: str) -> None:
     command = start("top", "--interval", "0.2", GATEWAY_URL=gateway.url, terminal=True)
-    eventually(lambda: command.out.count(running.encode()) >= 2, 30)
+    eventually(lambda: command.out.count(in_flight.encode()) >= 2, 30)
     status, out, err = command.interrupt().finish()
     assert (status, err) == (130, "")
-    assert out.index("\x1b[?1049h") < out.index(running) < out.rindex("\x1b[?1049l")
+    assert out.index("\x1b[?1049h") < out.index(in_flight) < out.rindex("\x1b[?1049l")
 
 
 # Errors and exit statuses
@@ -401,7 +401,7 @@ def test_no_gateway_is_status_3(run: Run, arguments: list[str]) -> None:
     assert "Connection refused" in line
 
 
-def test_a_gateway_that_dies_in_a_load_is_status_3(start: Start, launch: Launch) -> None:
+def test_a_gateway_that_dies_during_a_load_is_status_3(start: Start, launch: Launch) -> None:
     gateway = launch()
     command = start("load", SLOW, GATEWAY_URL=gateway.url)
     eventually(lambda: b"%" in command.out, 30)
@@ -415,7 +415,7 @@ def test_a_gateway_that_dies_in_a_load_is_status_3(start: Start, launch: Launch)
 @pytest.mark.parametrize(
     ("key", "status_code"), [("", 401), ("wrong-key-123", 401), (SdkClient.KEY, 403)]
 )
-def test_what_is_not_allowed_is_status_4(
+def test_a_missing_or_insufficient_key_is_status_4(
     run: Run, strict: Gateway, key: str, status_code: int
 ) -> None:
     for command in (["models"], ["load", QWEN], ["events"]):
@@ -432,7 +432,7 @@ def test_the_key_comes_from_the_environment_or_the_servers_env_file(
     assert run("status", "--url", strict.url, "--key", SdkClient.ADMIN_KEY)[0] == 0
     settings = [f"GATEWAY_PORT={strict.port}", f"GATEWAY_API_KEY=app:{SdkClient.KEY},old:other"]
     (tmp_path / ".env").write_text("\n".join(settings))
-    assert run("models")[0] == 4  # the first key of the list, but one for inference
+    assert run("models")[0] == 4  # the first key of the list, which is only for inference
     settings.append(f"GATEWAY_ADMIN_KEY=ops:{SdkClient.ADMIN_KEY}")
     (tmp_path / ".env").write_text("\n".join(settings))
     assert run("models")[0] == 0
@@ -453,7 +453,7 @@ def test_https_is_verified(run: Run, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
     issued.private_key_pem.write_to_path(str(key))
-    # no gateway, but a server with a certificate: what it answers shows that it was asked
+    # the simulator is no gateway, but has a certificate; its response shows that it was reached
     server = Simulator(0, "--tls-cert", str(certificate), "--tls-key", str(key))
     url = f"https://localhost:{server.port}"
     try:
@@ -463,7 +463,7 @@ def test_https_is_verified(run: Run, tmp_path: Path) -> None:
         trusting = {"GATEWAY_URL": url, "REQUESTS_CA_BUNDLE": str(tmp_path / "ca.pem")}
         status, out, err = run("models", "--json", **trusting)
         assert (status, out) == (1, "")
-        assert "This is no answer of a gateway: " in err
+        assert "This is not a gateway's response: " in err
         trusting["REQUESTS_CA_BUNDLE"] = str(tmp_path / "missing.pem")
         assert run("models", **trusting)[0] == 3
     finally:

@@ -1,4 +1,4 @@
-"""The commands: their exit statuses, their lines, and that they leave nothing behind."""
+"""The commands: their exit statuses and output, and that they clean up after themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a command with the given settings and no others; it is ended with the test."""
+    """Starts commands with only the given settings; they are killed when the test ends."""
     running: list[subprocess.Popen[str]] = []
     known = {setting.variable for setting in TABLE} | {"WEB_CONCURRENCY"}
 
@@ -62,7 +62,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, st
     return process.returncode, out, err
 
 
-def gone(processes: list[psutil.Process]) -> bool:
+def have_exited(processes: list[psutil.Process]) -> bool:
     return not any(
         process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes
     )
@@ -78,7 +78,7 @@ def answers(url: str) -> bool:
 # check
 
 
-def test_check_says_that_all_is_well(start: Start, simulator: Simulator) -> None:
+def test_check_succeeds_when_everything_works(start: Start, simulator: Simulator) -> None:
     status, out, err = finish(start([*CLI, "check"], LMSTUDIO_BASE_URL=simulator.url))
     assert (status, err) == (0, "")
     lines = out.splitlines()
@@ -92,7 +92,7 @@ def test_check_says_that_all_is_well(start: Start, simulator: Simulator) -> None
     assert "7 models" in lines[-1]
 
 
-def test_check_says_what_fails(start: Start, tmp_path: Path) -> None:
+def test_check_names_what_fails(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     nowhere = {
         "LMSTUDIO_BASE_URL": f"http://127.0.0.1:{free_port()}",
@@ -108,7 +108,7 @@ def test_check_says_what_fails(start: Start, tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_check_asks_the_redis_too(start: Start, simulator: Simulator) -> None:
+def test_check_connects_to_redis(start: Start, simulator: Simulator) -> None:
     away = {"STATE_URL": f"redis://:hunter2@127.0.0.1:{free_port()}"}
     status, out, err = finish(start([*CLI, "check"], LMSTUDIO_BASE_URL=simulator.url, **away))
     assert (status, err) == (1, "")
@@ -145,14 +145,14 @@ def test_bad_settings_are_one_line_each_and_status_1(
         {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_API_KEY": "change-me-please"},
     ],
 )
-def test_an_unsafe_start_is_refused(start: Start, settings: dict[str, str]) -> None:
+def test_an_unsafe_configuration_does_not_start(start: Start, settings: dict[str, str]) -> None:
     status, _, err = finish(start([*CLI, "serve"], **settings))
     assert status == 1
     (line,) = err.splitlines()
     assert line.startswith("GATEWAY_API_KEY: ")
 
 
-def test_a_state_that_cannot_be_opened_is_told_without_a_traceback(
+def test_a_state_that_cannot_be_opened_is_an_error_without_a_traceback(
     start: Start, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -164,7 +164,7 @@ def test_a_state_that_cannot_be_opened_is_told_without_a_traceback(
 
 
 @pytest.mark.parametrize("command", [[*CLI, "serve"], GEVENT], ids=["gunicorn", "gevent"])
-def test_a_taken_port_is_told_without_a_traceback(
+def test_a_port_in_use_is_an_error_without_a_traceback(
     start: Start, simulator: Simulator, command: list[str]
 ) -> None:
     status, _, err = finish(start(command, GATEWAY_PORT=simulator.port))
@@ -186,8 +186,8 @@ def test_gunicorn_serves_the_checkout(start: Start, simulator: Simulator) -> Non
     assert "Traceback" not in err
 
 
-def test_an_empty_number_of_workers_is_none(start: Start, simulator: Simulator) -> None:
-    """As Docker's env_file makes it of .env.example."""
+def test_an_empty_number_of_workers_is_the_default(start: Start, simulator: Simulator) -> None:
+    """Docker's env_file sets it so from .env.example."""
     port = free_port()
     gateway = start(
         [*CLI, "serve"],
@@ -201,13 +201,15 @@ def test_an_empty_number_of_workers_is_none(start: Start, simulator: Simulator) 
 
 
 @pytest.mark.both_servers
-def test_a_gateway_that_is_stopped_while_it_boots_ends_soon(launch: Callable[..., Gateway]) -> None:
+def test_a_gateway_that_is_stopped_while_it_boots_exits_soon(
+    launch: Callable[..., Gateway],
+) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
     gateway.process.terminate()
     assert gateway.process.wait(15) == 0
 
 
-def test_simulate_says_where_it_listens(start: Start) -> None:
+def test_simulate_prints_its_url(start: Start) -> None:
     simulator = start([*CLI, "simulate", "--port", "0"])
     assert simulator.stdout is not None
     line = simulator.stdout.readline().strip()
@@ -218,7 +220,7 @@ def test_simulate_says_where_it_listens(start: Start) -> None:
     assert finish(simulator)[0] == 0
 
 
-def test_simulate_on_a_port_that_is_taken_is_told_in_words(
+def test_simulate_on_a_port_in_use_is_an_error_without_a_traceback(
     start: Start, simulator: Simulator
 ) -> None:
     status, out, err = finish(start([*CLI, "simulate", "--port", str(simulator.port)]))
@@ -231,8 +233,8 @@ def test_simulate_on_a_port_that_is_taken_is_told_in_words(
 # The demo
 
 
-def test_the_demo_tours_once_and_leaves_nothing_behind(start: Start, tmp_path: Path) -> None:
-    # the user's own settings must not get into it
+def test_the_demo_tours_once_and_cleans_up(start: Start, tmp_path: Path) -> None:
+    # the demo must not use the user's own settings
     own = {"GATEWAY_API_KEY": "mine", "LMSTUDIO_BASE_URL": "http://127.0.0.1:9"}
     status, out, err = finish(start([*CLI, "demo", "--once"], **own), 90)
     assert (status, err) == (0, "")
@@ -243,7 +245,7 @@ def test_the_demo_tours_once_and_leaves_nothing_behind(start: Start, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_demo_ends_cleanly_by_a_signal(
+def test_the_demo_exits_cleanly_on_a_signal(
     start: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
     demo = start([*CLI, "demo"])
@@ -257,18 +259,18 @@ def test_the_demo_ends_cleanly_by_a_signal(
     status, out, err = finish(demo, 30)
     assert (status, err) == (0, "")
     assert "Stopped." in out
-    eventually(lambda: gone(children))
+    eventually(lambda: have_exited(children))
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_the_demo_ends_cleanly_while_it_starts(start: Start, tmp_path: Path) -> None:
+def test_the_demo_exits_cleanly_while_it_starts(start: Start, tmp_path: Path) -> None:
     demo = start([*CLI, "demo"])
     eventually(lambda: len(psutil.Process(demo.pid).children(recursive=True)) >= 2, 30)
     children = psutil.Process(demo.pid).children(recursive=True)
     demo.terminate()
     _, _, err = finish(demo, 45)
     assert "Traceback" not in err
-    eventually(lambda: gone(children))
+    eventually(lambda: have_exited(children))
     assert list((tmp_path / "temporary").iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from tests.browser import PATIENCE, Window, chromium
+from tests.browser import TIMEOUT, Window, chromium
 from tests.processes import Gateway, Simulator, eventually, free_port
 
 KEY, ADMIN, WRONG = "inference-key-0123456789", "admin-key-0123456789abc", "wrong-key-0123456789abc"
@@ -36,7 +36,7 @@ class Page(Window):
 
     def gone(self, selector: str, words: str) -> None:
         """Wait until no such element shows these words any more."""
-        eventually(lambda: not any(words in one for one in self.texts(selector)), PATIENCE)
+        eventually(lambda: not any(words in one for one in self.texts(selector)), TIMEOUT)
 
     def press(self, selector: str) -> None:
         """With the keyboard, for which everything can be reached."""
@@ -240,7 +240,7 @@ def test_a_load_by_somebody_else_shows_its_progress(page: Page) -> None:
     with meanwhile(lambda: admin(page.gateway, "load", modelKey=BIG, instanceId="theirs")):
         page.see("#loads > li", f"Loading {BIG} as theirs", "%")
         value = "return document.querySelector('#loads progress')?.value"
-        eventually(lambda: 0 < (page.driver.execute_script(value) or 0) < 100, PATIENCE)
+        eventually(lambda: 0 < (page.driver.execute_script(value) or 0) < 100, TIMEOUT)
         assert page.texts("#loads button") == []  # it is theirs to cancel
     page.see("#models > li", "theirs", "active")
     page.gone("#loads > li", BIG)
@@ -336,8 +336,8 @@ def test_a_stream_is_in_flight_and_then_in_the_log(page: Page) -> None:
         assert b"[DONE]" in answer.content
     page.see("#log-rows li", "inference_complete", "200 · ", "tokens · ", "tokens/s")
     page.see("#recent > li", "200", MODEL, "tokens")
-    eventually(lambda: int(page.texts("#requests-now")[0]) >= 2, PATIENCE)
-    eventually(lambda: re.fullmatch(r"[\d.,]+", page.texts("#speed-now")[0]), PATIENCE)
+    eventually(lambda: int(page.texts("#requests-now")[0]) >= 2, TIMEOUT)
+    eventually(lambda: re.fullmatch(r"[\d.,]+", page.texts("#speed-now")[0]), TIMEOUT)
     assert re.search(r"\d m?s$", page.texts("#latency-now")[0])
     outline = page.driver.find_element(By.CSS_SELECTOR, "#speed-chart path").get_attribute("d")
     assert outline.startswith("M")
@@ -379,7 +379,7 @@ def test_an_event_opens_with_the_keyboard(page: Page) -> None:
     page.open_live()
     chat(page.gateway, "to-be-opened").close()
     page.field("filter").send_keys("to-be-opened")
-    eventually(lambda: 1 <= len(page.events()) <= 2, PATIENCE)
+    eventually(lambda: 1 <= len(page.events()) <= 2, TIMEOUT)
     page.driver.find_element(By.CSS_SELECTOR, "#log-rows summary").send_keys(Keys.ENTER)
     page.see("#log-rows pre", '"requestId": "to-be-opened"')
 
@@ -393,10 +393,10 @@ def test_a_paused_log_stands_still_and_loses_nothing(page: Page) -> None:
     page.press("#pause")
     chat(page.gateway, "after-the-pause").close()
     page.see("#log-count", "Paused, ", " new")
-    eventually(lambda: not page.texts("#log-count")[0].startswith("Paused, 0"), PATIENCE)
+    eventually(lambda: not page.texts("#log-count")[0].startswith("Paused, 0"), TIMEOUT)
     assert page.events() == before
     page.press("#pause")
-    eventually(lambda: len(page.events()) == len(before) + 2, PATIENCE)
+    eventually(lambda: len(page.events()) == len(before) + 2, TIMEOUT)
 
 
 def test_many_events_leave_a_short_log(page: Page) -> None:
@@ -415,7 +415,7 @@ def test_it_comes_back_after_a_restart_and_misses_nothing(page: Page) -> None:
     page.open_live()
     chat(page.gateway, "before-restart").close()
     page.field("filter").send_keys("-restart")
-    eventually(lambda: len(page.events()) == 2, PATIENCE)
+    eventually(lambda: len(page.events()) == 2, TIMEOUT)
     page.gateway.stop()
     page.see("#connection", "Not connected")
     page.see("#trouble", "The gateway", "Try now")
@@ -424,7 +424,7 @@ def test_it_comes_back_after_a_restart_and_misses_nothing(page: Page) -> None:
     # the page may be waiting for its next attempt still: this comes from the log
     chat(page.gateway, "after-restart").close()
     page.see("#connection", "Live")
-    eventually(lambda: len(page.events()) == 4, PATIENCE)
+    eventually(lambda: len(page.events()) == 4, TIMEOUT)
     assert page.texts("#trouble") == []
 
 

@@ -1,4 +1,4 @@
-"""Every code block of README.rst works as it stands there, against a real gateway."""
+"""Every code block of README.rst works as it is written, against a real gateway."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tests.readme import ROOT, Block, blocks, replaced
 KEY, ADMIN = "inference-key-0123456789", "admin-key-0123456789abc"
 MODEL = "qwen2.5-7b-instruct"
 BLOCKS = blocks()
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
-#: Commands that do nothing here but what they should. A block with any other is not run.
-HARMLESS = re.compile(
+#: Commands that are safe to run on a developer's machine. A block with any other is not run.
+SAFE = re.compile(
     r"(cp \.env\.example \.env|npm install openai|export [A-Z_]+=|curl |python3 -c |"
     r"lmstudio-gateway (check|serve|simulate|load|models|status)\b)"
 )
-#: What a block that is not run begins a line with, and why it is not run.
+#: The beginning of a line in each block that is not run, and the reason.
 NOT_RUN = {
-    "python3 -m venv ": "tests/newcomer runs it, which takes a minute",
-    "pip install . && ": "tests/newcomer runs it, which takes a minute",
-    "pip install '.[test]' && pytest": "it is what runs this; .ci/run begins with it",
+    "python3 -m venv ": "takes a minute; tests/newcomer runs it",
+    "pip install . && ": "takes a minute; tests/newcomer runs it",
+    "pip install '.[test]' && pytest": "runs this very test; .ci/run begins with it",
 }
-#: What runs until it is stopped, and the words that show that it works.
+#: Commands that run until they are stopped, and output that shows that they work.
 ENDLESS = {
     "lmstudio-gateway simulate": "listening on",
     "lmstudio-gateway serve": "Worker serves",
@@ -43,7 +43,7 @@ ENDLESS = {
         "event: connected"
     ),
 }
-#: What some commands must print, as a pattern; all others must only succeed.
+#: Patterns that the output of some commands must match; the others must only succeed.
 PRINTS = {
     "lmstudio-gateway check": "ok    LM Studio SDK",
     "curl http://127.0.0.1:8002/health": '"status": ?"ok"',
@@ -75,17 +75,17 @@ def guarded(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the module's blocks run one after the other, as a reader's terminal would."""
+    """The folder in which the module's blocks run in turn, as in a reader's terminal."""
     made = tmp_path_factory.mktemp("reader")
     shutil.copy(ROOT / ".env.example", made)
-    # curl's own exit status for an HTTP error, and an end for what hangs
+    # curl fails on an HTTP error, and does not hang
     (made / ".curlrc").write_text("fail-with-body\nmax-time = 60\n")
     return made
 
 
 @pytest.fixture
 def table(guarded: Gateway, simulator: Simulator) -> dict[str, str]:
-    """What stands in README.rst → what is true here."""
+    """Text of README.rst → its replacement in this test."""
     return {
         "http://127.0.0.1:8002": guarded.url,
         "http://192.168.1.10:8002": guarded.url,
@@ -99,12 +99,12 @@ def table(guarded: Gateway, simulator: Simulator) -> dict[str, str]:
 
 @pytest.fixture
 def environ(guarded: Gateway, simulator: Simulator, folder: Path) -> dict[str, str]:
-    """The environment of a reader whose .env says what the gateway's says."""
+    """The environment of a reader whose settings are those of the gateway."""
     binaries = str(Path(sys.executable).parent)
     return {
         **guarded.environ,
         "GATEWAY_URL": guarded.url,
-        "GATEWAY_PORT": str(free_port()),  # for a second gateway of the reader's
+        "GATEWAY_PORT": str(free_port()),  # for the gateway that a block starts
         "STATE_URL": f"sqlite:///{folder}/state.db",
         "CURL_HOME": str(folder),
         "PATH": f"{binaries}:{os.environ['PATH']}",
@@ -118,19 +118,19 @@ def is_run(block: Block) -> bool:
     )
 
 
-def named(wanted: Callable[[Block], bool]) -> list[object]:
-    chosen = filter(wanted, BLOCKS)
+def parameters(condition: Callable[[Block], bool]) -> list[object]:
+    chosen = filter(condition, BLOCKS)
     return [pytest.param(block, id=f"{block.language}-{block.line}") for block in chosen]
 
 
-def words(block: Block, among: Mapping[str, str]) -> list[str]:
-    """What the table says of the block's commands."""
+def expected(block: Block, table: Mapping[str, str]) -> list[str]:
+    """The table's entries for the block's commands."""
     lines = block.commands()
-    return [told for start, told in among.items() if any(line.startswith(start) for line in lines)]
+    return [text for start, text in table.items() if any(line.startswith(start) for line in lines)]
 
 
 def prepare(block: Block, gateway: Gateway) -> None:
-    """What a reader has done before: the model is loaded and active, unless the block loads it."""
+    """Bring the gateway into the state that the block expects: with or without the model."""
     headers = {"X-API-Key": ADMIN}
     loads = "models/load" in block.text or "lmstudio-gateway load" in block.text
     action = "deactivate" if loads else "load"
@@ -148,74 +148,74 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=2 * PATIENCE,
+        timeout=2 * TIMEOUT,
     )
     assert done.returncode == 0, done.stdout
     missing = [wanted for wanted in prints if not re.search(wanted, done.stdout)]
     assert missing == [], done.stdout
 
 
-def run_until(said: str, command: list[str], environ: dict[str, str], folder: Path) -> None:
-    """Start what has no end, wait until it has said something, and stop it."""
+def run_until(output: str, command: list[str], environ: dict[str, str], folder: Path) -> None:
+    """Start a command that runs forever, wait for its output, and stop it."""
     log = folder / "endless.log"
-    with log.open("wb") as output:
+    with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env=environ, cwd=folder, stdout=output, stderr=subprocess.STDOUT
+            command, env=environ, cwd=folder, stdout=file, stderr=subprocess.STDOUT
         )
         try:
-            eventually(lambda: said in log.read_text() or process.poll() is not None, PATIENCE)
+            eventually(lambda: output in log.read_text() or process.poll() is not None, TIMEOUT)
             assert process.poll() is None, log.read_text()
         finally:
             process.terminate()
-            process.wait(PATIENCE)
+            process.wait(TIMEOUT)
 
 
-def test_every_block_is_marked_and_is_run_or_listed() -> None:
+def test_every_block_is_run_or_listed_as_not_run() -> None:
     tested = {"bash", "python", "javascript", "ini", "yaml"}
     assert {block.language for block in BLOCKS} == tested
-    # an indented example must be a code block: "::" alone would hide it from these tests
+    # every example must be a code-block: these tests don't see one behind a plain "::"
     text = (ROOT / "README.rst").read_text()
     assert not re.search(r"^(?! *\.\. ).*::$", text, re.MULTILINE)
     unlisted = [
         f"{block}: {line}"
         for block in filter(is_run, BLOCKS)
         for line in block.commands()
-        if not HARMLESS.match(line)
+        if not SAFE.match(line)
     ]
-    assert unlisted == [], "neither harmless nor listed in NOT_RUN with a reason"
+    assert unlisted == [], "neither safe nor listed in NOT_RUN with a reason"
 
 
 @pytest.mark.parametrize("start", [*NOT_RUN, *ENDLESS, *PRINTS])
-def test_what_is_listed_is_in_the_readme(start: str) -> None:
+def test_every_listed_command_is_in_the_readme(start: str) -> None:
     assert any(line.startswith(start) for block in BLOCKS for line in block.commands())
 
 
-@pytest.mark.parametrize("block", named(is_run))
+@pytest.mark.parametrize("block", parameters(is_run))
 def test_commands(
     block: Block, guarded: Gateway, table: dict[str, str], environ: dict[str, str], folder: Path
 ) -> None:
-    assert all(map(HARMLESS.match, block.commands())), f"not run: {block}"
+    assert all(map(SAFE.match, block.commands())), f"not run: {block}"
     if "npm" in block.text:
         need("npm")
     prepare(block, guarded)
     command = ["bash", "-euo", "pipefail", "-c", replaced(block.text, table)]
-    if said := words(block, ENDLESS):
-        # exec: a signal for bash must reach the command itself
-        run_until(*said, [*command[:-1], f"exec {command[-1]}"], environ, folder)
+    if output := expected(block, ENDLESS):
+        # exec, so that the signal reaches the command and not bash
+        run_until(*output, [*command[:-1], f"exec {command[-1]}"], environ, folder)
     else:
-        run(command, environ, folder, words(block, PRINTS))
+        run(command, environ, folder, expected(block, PRINTS))
 
 
-@pytest.mark.parametrize("block", named(lambda block: block.language == "python"))
+@pytest.mark.parametrize("block", parameters(lambda block: block.language == "python"))
 def test_python(
     block: Block, guarded: Gateway, table: dict[str, str], environ: dict[str, str], folder: Path
 ) -> None:
     prepare(block, guarded)
     code = replaced(block.text, table)
-    run([sys.executable, "-c", code], environ, folder, words(block, PRINTS))
+    run([sys.executable, "-c", code], environ, folder, expected(block, PRINTS))
 
 
-@pytest.mark.parametrize("block", named(lambda block: block.language == "javascript"))
+@pytest.mark.parametrize("block", parameters(lambda block: block.language == "javascript"))
 def test_javascript(
     block: Block, guarded: Gateway, table: dict[str, str], environ: dict[str, str], folder: Path
 ) -> None:
@@ -224,29 +224,29 @@ def test_javascript(
         run([need("npm"), "install", "openai"], environ, folder)
     prepare(block, guarded)
     (folder / "chat.mjs").write_text(replaced(block.text, table))
-    run([node, "chat.mjs"], environ, folder, words(block, PRINTS))
+    run([node, "chat.mjs"], environ, folder, expected(block, PRINTS))
 
 
-@pytest.mark.parametrize("block", named(lambda block: block.language == "ini"))
+@pytest.mark.parametrize("block", parameters(lambda block: block.language == "ini"))
 def test_settings(block: Block, table: dict[str, str]) -> None:
     lines = replaced(block.text, table).splitlines()
     given = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
     load({"GATEWAY_API_KEY": KEY, **given})
 
 
-@pytest.mark.parametrize("block", named(lambda block: block.language == "yaml"))
-def test_prometheus_can_do_what_it_is_told(
+@pytest.mark.parametrize("block", parameters(lambda block: block.language == "yaml"))
+def test_the_prometheus_configuration_works(
     block: Block, guarded: Gateway, table: dict[str, str]
 ) -> None:
     [job] = yaml.safe_load(replaced(block.text, table))["scrape_configs"]
     [target] = job["static_configs"][0]["targets"]
     bearer = {"Authorization": f"Bearer {job['authorization']['credentials']}"}
-    answer = requests.get(f"http://{target}{job['metrics_path']}", headers=bearer, timeout=60)
-    assert answer.status_code == 200, answer.text
-    families = {family.name for family in text_string_to_metric_families(answer.text)}
+    response = requests.get(f"http://{target}{job['metrics_path']}", headers=bearer, timeout=60)
+    assert response.status_code == 200, response.text
+    families = {family.name for family in text_string_to_metric_families(response.text)}
     assert "lmstudio_gateway_requests" in families
 
 
 def need(binary: str) -> str:
-    """The path of a program of Node.js, which not every machine has."""
+    """The path of a program; skips the test on a machine without it."""
     return shutil.which(binary) or pytest.skip(f"{binary} is not installed")

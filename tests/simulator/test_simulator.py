@@ -1,4 +1,4 @@
-"""The simulator keeps its promises towards the real SDK and the real clients."""
+"""The simulator, used through the real SDK and the real OpenAI and Anthropic clients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UPGRADE = (
 
 
 class Running:
-    """A simulator in its own process, and the control paths as methods."""
+    """A simulator in its own process, with a method for each control path."""
 
     def __init__(self, *options: str, verify: ssl.SSLContext | bool = True) -> None:
         command = [sys.executable, "-m", "gateway.simulator", "--port", "0", *options]
@@ -57,15 +57,15 @@ class Running:
             return self.process.wait(10)
 
     def state(self) -> dict[str, Any]:
-        answer: dict[str, Any] = self.http.get("/_simulator/state").json()
-        return answer
+        response: dict[str, Any] = self.http.get("/_simulator/state").json()
+        return response
 
     def faults(self, **switches: Any) -> None:
         assert self.http.post("/_simulator/faults", json=switches).status_code == 200
 
     def requests(self) -> list[dict[str, Any]]:
-        answer: list[dict[str, Any]] = self.http.get("/_simulator/requests").json()["requests"]
-        return answer
+        response: list[dict[str, Any]] = self.http.get("/_simulator/requests").json()["requests"]
+        return response
 
     def ask(self, text: str = "count to 5", stream: bool = False, **headers: str) -> httpx.Response:
         """Ask for a chat completion; ``fault="gzip"`` is the header ``X-Simulator-Fault: gzip``."""
@@ -80,14 +80,14 @@ def chat(text: str, stream: bool = False) -> dict[str, Any]:
     return {"model": LLM, "messages": [{"role": "user", "content": text}], "stream": stream}
 
 
-def eventually(what: Callable[[], Any], seconds: float = 10) -> Any:
-    """Return the first true value of ``what()``, or fail at the deadline."""
+def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Return the first true value of ``condition()``, or fail at the deadline."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := what():
+        if found := condition():
             return found
         time.sleep(0.01)
-    raise AssertionError("it did not happen in time")
+    raise AssertionError("the condition was not met in time")
 
 
 def raw_request(port: int, body: dict[str, Any], *headers: str) -> socket.socket:
@@ -123,7 +123,7 @@ class TokenClient(Client):
 
 
 class Raw:
-    """An RPC parameter that is sent as it is."""
+    """An RPC parameter that the SDK sends unchanged."""
 
     def __init__(self, content: Any) -> None:
         self._content = content
@@ -133,7 +133,7 @@ class Raw:
 
 
 def raw_load(session: Any, *fields: tuple[str, Any], key: str = LLM, **more: Any) -> Any:
-    """Open a load channel with plain KV fields; give the channel to ``more["run"]``."""
+    """Open a load channel with raw KV fields and pass the channel to ``more["run"]``."""
     endpoint = LoadModelEndpoint(
         key, more.get("identifier"), more.get("ttl"), session._API_TYPES.REQUEST_NEW_INSTANCE,
         session._API_TYPES.MODEL_LOAD_CONFIG, None, more.get("progress"),
@@ -180,7 +180,7 @@ def refusal(call: Callable[[], object]) -> Any:
 # -- the SDK
 
 
-def test_it_says_where_it_listens(simulator: Running) -> None:
+def test_it_prints_its_url(simulator: Running) -> None:
     assert simulator.line == f"LM Studio simulator listening on {simulator.url}\n"
     assert simulator.http.get("/lmstudio-greeting").json() == {"lmstudio": True}
 
@@ -192,11 +192,11 @@ def test_the_sdk_lists_models_of_both_kinds(sdk: Client) -> None:
 
 
 def test_a_load_reports_progress_and_applies_its_settings(sdk: Client) -> None:
-    heard: list[float] = []
+    reported: list[float] = []
     config: Any = {"contextLength": 1024, "ropeFrequencyBase": 1000.0, "gpu": {"ratio": 0.5}}
-    model = sdk.llm.load_new_instance(LLM, "mine", config=config, on_load_progress=heard.append)
-    assert heard == sorted(heard)
-    assert heard[-1] == 1
+    model = sdk.llm.load_new_instance(LLM, "mine", config=config, on_load_progress=reported.append)
+    assert reported == sorted(reported)
+    assert reported[-1] == 1
     applied = model.get_load_config().to_dict()
     assert applied["contextLength"] == 1024
     assert applied["ropeFrequencyBase"] == 1000.0
@@ -217,7 +217,7 @@ def test_embedding_models_have_their_own_setting_keys(sdk: Client, simulator: Ru
     assert model.get_context_length() == 512
 
 
-def test_unknown_and_malformed_settings_are_ignored_without_a_word(
+def test_unknown_and_malformed_settings_are_silently_ignored(
     sdk: Client, simulator: Running
 ) -> None:
     good = ("llm.load.llama.cpuThreadPoolSize", 6)
@@ -235,7 +235,7 @@ def test_instances_are_named_after_their_key(sdk: Client) -> None:
     assert names == [LLM, f"{LLM}:2", f"{LLM}:3"]
 
 
-def test_refused_loads_carry_the_codes_of_lm_studio(sdk: Client) -> None:
+def test_rejected_loads_have_lm_studios_codes(sdk: Client) -> None:
     load = sdk.llm.load_new_instance
     assert refusal(lambda: load("nothing")).display_data["code"] == "generic.pathNotFound"
     assert refusal(lambda: load(EMBEDDING)).display_data["code"] == "generic.domainMismatch"
@@ -246,7 +246,7 @@ def test_refused_loads_carry_the_codes_of_lm_studio(sdk: Client) -> None:
     assert "insufficient memory" in refusal(lambda: load("deepseek-r1-671b")).cause
 
 
-def test_what_is_not_loaded_is_refused(sdk: Client) -> None:
+def test_an_instance_that_is_not_loaded_is_an_error(sdk: Client) -> None:
     unloaded = refusal(lambda: sdk.llm.unload("nothing"))
     assert unloaded.display_data["code"] == "generic.identifierNotFound"
     with pytest.raises(lmstudio.LMStudioModelNotFoundError):
@@ -302,12 +302,12 @@ def test_a_violation_is_only_warned_about(sdk: Client, simulator: Running) -> No
     assert simulator.state()["loads"] == []
 
 
-def test_only_the_token_gets_in(guarded: Running) -> None:
-    # The SDK stumbles over the text of the refusal (lmstudio.md, 2.13): a ValueError all the same.
-    with Client(guarded.host) as stranger, pytest.raises(ValueError, match="dictionary update"):
-        stranger.llm.list_loaded()
-    with TokenClient(guarded.host) as friend:
-        assert friend.llm.list_loaded() == []
+def test_a_token_is_required(guarded: Running) -> None:
+    # the SDK fails to parse the error: it raises ValueError instead of an error of its own
+    with Client(guarded.host) as anonymous, pytest.raises(ValueError, match="dictionary update"):
+        anonymous.llm.list_loaded()
+    with TokenClient(guarded.host) as authorized:
+        assert authorized.llm.list_loaded() == []
     assert guarded.state()["clients"] == ["AbCdEf12"]
     with pytest.raises(openai.AuthenticationError) as caught:
         guarded.openai("sk-wrong").models.list()
@@ -315,7 +315,7 @@ def test_only_the_token_gets_in(guarded: Running) -> None:
     assert guarded.openai(TOKEN).models.list().data
 
 
-def test_socket_faults_do_what_they_say(simulator: Running) -> None:
+def test_socket_faults(simulator: Running) -> None:
     simulator.faults(refuse_websockets=True)
     with Client(simulator.host) as client, pytest.raises(lmstudio.LMStudioWebsocketError):
         client.llm.list_loaded()
@@ -329,15 +329,15 @@ def test_socket_faults_do_what_they_say(simulator: Running) -> None:
     assert simulator.http.post("/_simulator/faults", json={"typo": True}).status_code == 400
 
 
-def test_a_silent_simulator_accepts_a_socket_and_says_nothing(simulator: Running) -> None:
+def test_a_silent_simulator_accepts_a_socket_and_sends_nothing(simulator: Running) -> None:
     simulator.faults(silent_after_upgrade=True)
     with socket.create_connection(("127.0.0.1", simulator.port), timeout=10) as connection:
         connection.sendall(UPGRADE + text_frame({"authVersion": 1, "clientIdentifier": "a"}))
-        heard = b""
-        while b"\r\n\r\n" not in heard:
-            heard += connection.recv(65536)
-        assert heard.startswith(b"HTTP/1.1 101 ")
-        assert heard.endswith(b"\r\n\r\n")
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += connection.recv(65536)
+        assert received.startswith(b"HTTP/1.1 101 ")
+        assert received.endswith(b"\r\n\r\n")
         assert simulator.state()["sockets"] == {"llm": 1}
         connection.settimeout(0.3)
         with pytest.raises(TimeoutError):
@@ -345,7 +345,7 @@ def test_a_silent_simulator_accepts_a_socket_and_says_nothing(simulator: Running
     eventually(lambda: simulator.state()["sockets"] == {})
 
 
-def test_a_reset_breaks_off_a_load(sdk: Client, simulator: Running) -> None:
+def test_a_reset_cancels_a_load(sdk: Client, simulator: Running) -> None:
     def reset(channel: Any) -> None:
         for message in channel.rx_stream():
             if message["type"] == "resolved":
@@ -429,7 +429,7 @@ def test_tools_are_called_in_every_dialect(simulator: Running) -> None:
         assert streamed.get_final_message().stop_reason == "tool_use"
 
 
-# -- HTTP as LM Studio does it
+# -- LM Studio's HTTP API
 
 
 def test_a_model_is_found_by_identifier_key_or_alone(simulator: Running, sdk: Client) -> None:
@@ -439,8 +439,8 @@ def test_a_model_is_found_by_identifier_key_or_alone(simulator: Running, sdk: Cl
     sdk.llm.load_new_instance(LLM, "mine")
     for name in ("mine", LLM, None):
         content = chat("hi") | {"model": name}
-        answer = simulator.http.post("/v1/chat/completions", json=content)
-        assert answer.json()["model"] == "mine"
+        response = simulator.http.post("/v1/chat/completions", json=content)
+        assert response.json()["model"] == "mine"
     unknown = simulator.http.post("/v1/chat/completions", json=chat("hi") | {"model": "x"})
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "model_not_found")
     assert simulator.openai().models.retrieve("publisher/model-with-slash")
@@ -466,35 +466,33 @@ def test_errors_that_lm_studio_answers_with_200(simulator: Running, sdk: Client)
 
 
 @pytest.mark.parametrize("options", [[], ["include_usage"], "include_usage", 1, {}])
-def test_odd_stream_options_ask_for_nothing(simulator: Running, options: Any) -> None:
+def test_malformed_stream_options_ask_for_no_usage(simulator: Running, options: Any) -> None:
     asked = chat("count to 2", stream=True) | {"stream_options": options}
-    answer = simulator.http.post("/v1/chat/completions", json=asked)
-    assert (answer.status_code, answer.text.count("data: ")) == (200, 4)
+    response = simulator.http.post("/v1/chat/completions", json=asked)
+    assert (response.status_code, response.text.count("data: ")) == (200, 4)
 
 
 @pytest.mark.parametrize(
     "odd", [{"tools": [1], "tool_choice": "required"}, {"tools": {"a": 1}, "tool_choice": {}}]
 )
-def test_a_body_of_the_wrong_form_is_an_error_object(
-    simulator: Running, odd: dict[str, Any]
-) -> None:
-    answer = simulator.http.post("/v1/chat/completions", json=chat("go") | odd)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+def test_a_malformed_body_is_an_error_object(simulator: Running, odd: dict[str, Any]) -> None:
+    response = simulator.http.post("/v1/chat/completions", json=chat("go") | odd)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_half_a_surrogate_pair_comes_back_as_it_went(simulator: Running) -> None:
+def test_a_lone_surrogate_comes_back_unchanged(simulator: Running) -> None:
     asked = json.dumps(chat("hi") | {"model": "half \ud83d"}).encode()
-    answer = simulator.http.post("/v1/chat/completions", content=asked)
-    assert answer.status_code == 400
-    assert "half \ud83d" in answer.json()["error"]["message"]
+    response = simulator.http.post("/v1/chat/completions", content=asked)
+    assert response.status_code == 400
+    assert "half \ud83d" in response.json()["error"]["message"]
     embedded = json.dumps({"model": EMBEDDING, "input": "\ud83d"}).encode()
     assert simulator.http.post("/v1/embeddings", content=embedded).status_code == 200
 
 
-def test_a_request_is_recorded_as_it_came(simulator: Running) -> None:
+def test_a_request_is_recorded_as_it_was_sent(simulator: Running) -> None:
     body = json.dumps(chat("count to 2", stream=True)).encode()
-    answer = simulator.http.post(
+    response = simulator.http.post(
         "/v1/chat/completions?a=%20b", content=iter([body]), headers={"X-Odd": "1"}
     )
     (record,) = simulator.requests()
@@ -503,14 +501,14 @@ def test_a_request_is_recorded_as_it_came(simulator: Running) -> None:
     assert base64.b64decode(record["body"]) == body
     assert record["bodySha256"] == hashlib.sha256(body).hexdigest()
     assert (record["outcome"], record["status"]) == ("complete", 200)
-    assert base64.b64decode(record["sent"]) == answer.content
+    assert base64.b64decode(record["sent"]) == response.content
     assert simulator.http.get(f"/_simulator/requests?since={record['id']}").json()["requests"] == []
 
 
 @pytest.mark.parametrize(
     ("stream", "knob"), [(True, "Pace-Ms"), (False, "Pace-Ms"), (True, "Prefill-Ms")]
 )
-def test_a_client_that_leaves_is_noticed(simulator: Running, stream: bool, knob: str) -> None:
+def test_a_client_that_disconnects_is_noticed(simulator: Running, stream: bool, knob: str) -> None:
     asked = chat("count to 100", stream)
     connection = raw_request(simulator.port, asked, f"X-Simulator-{knob}: 60000")
     eventually(lambda: simulator.requests())
@@ -522,7 +520,7 @@ def test_a_client_that_leaves_is_noticed(simulator: Running, stream: bool, knob:
 # -- faults of one request
 
 
-def test_an_answer_can_be_replaced_by_an_error(simulator: Running) -> None:
+def test_a_response_can_be_replaced_by_an_error(simulator: Running) -> None:
     html = simulator.ask(fault="refuse-500")
     assert (html.status_code, html.text[:6]) == (500, "<html>")
     assert isinstance(simulator.ask(fault="error-string-500").json()["error"], str)
@@ -542,13 +540,13 @@ def test_an_answer_can_be_replaced_by_an_error(simulator: Running) -> None:
         ("break-stream", True),
     ],
 )  # fmt: skip
-def test_an_answer_can_break(simulator: Running, fault: str, stream: bool) -> None:
+def test_a_response_can_break_off(simulator: Running, fault: str, stream: bool) -> None:
     with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
         simulator.ask(stream=stream, fault=fault)
     assert eventually(simulator.requests)[0]["outcome"] == "fault"
 
 
-def test_a_stream_can_fail_inside_or_fall_silent(simulator: Running) -> None:
+def test_a_stream_can_end_in_an_error_or_fall_silent(simulator: Running) -> None:
     by_event = simulator.ask(stream=True, fault="error-in-stream-event").text
     assert '\n\nevent: error\ndata: {"error": {"message"' in by_event
     by_data = simulator.ask(stream=True, fault="error-in-stream-data").text
@@ -558,15 +556,15 @@ def test_a_stream_can_fail_inside_or_fall_silent(simulator: Running) -> None:
         simulator.port, chat("count to 9", True), "X-Simulator-Fault: silent-stream"
     )
     with quiet:
-        heard = b""
-        while heard.count(b"data: ") < 3:
-            heard += quiet.recv(65536)
+        received = b""
+        while received.count(b"data: ") < 3:
+            received += quiet.recv(65536)
         quiet.settimeout(0.3)
         with pytest.raises(TimeoutError):
             quiet.recv(1)
 
 
-def test_an_answer_can_travel_in_odd_shapes(simulator: Running) -> None:
+def test_a_response_can_be_sent_in_odd_shapes(simulator: Running) -> None:
     def content(text: str) -> str:
         events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
         return "".join(one["choices"][0]["delta"].get("content", "") for one in events)
@@ -584,7 +582,7 @@ def test_an_answer_can_travel_in_odd_shapes(simulator: Running) -> None:
     assert bare.json()["choices"]
 
 
-def test_a_connection_is_kept_for_the_next_request_and_closed_when_idle(
+def test_a_connection_is_reused_and_closed_when_idle(
     simulator: Running,
 ) -> None:
     connection = raw_request(simulator.port, chat("count to 1"))
@@ -592,7 +590,7 @@ def test_a_connection_is_kept_for_the_next_request_and_closed_when_idle(
     assert read_all(connection).count(b"HTTP/1.1 200 OK\r\n") == 2
 
 
-def test_silent_http_hangs_until_it_is_switched_off(simulator: Running) -> None:
+def test_silent_http_hangs_until_switched_off(simulator: Running) -> None:
     simulator.faults(silent_http=True)
     with socket.create_connection(("127.0.0.1", simulator.port), timeout=0.3) as connection:
         connection.sendall(b"GET /lmstudio-greeting HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -622,15 +620,15 @@ def test_tls_serves_wss_and_https(tmp_path: Path) -> None:
         with running.http.stream(
             "POST", "/v1/chat/completions", json=chat("count to 9", True),
             headers={"X-Simulator-Fault": "silent-stream"},
-        ) as answer:  # fmt: skip
-            next(answer.iter_bytes())
+        ) as response:  # fmt: skip
+            next(response.iter_bytes())
         eventually(lambda: running.requests()[-1]["outcome"] == "client_gone")
     finally:
         assert running.stop() == 0
 
 
 def frames_over_tls(port: int, trust: ssl.SSLContext) -> list[Any]:
-    """Authenticate on wss, keep alive, and return the answers."""
+    """Authenticate on wss, send a keepAlive, and return the replies."""
     plain = socket.create_connection(("127.0.0.1", port), timeout=10)
     with trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
         connection.sendall(UPGRADE)

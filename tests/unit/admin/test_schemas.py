@@ -1,4 +1,4 @@
-"""The admin bodies: what is accepted, and how each fault is told."""
+"""The admin bodies: which are accepted, and the error for each problem."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def details(body: Any, schema: Any = LOAD) -> list[dict[str, Any]]:
     assert caught.value.message == "Validation failed"
     found = caught.value.details
     assert found
-    json.dumps(found)  # it is a body's part
+    json.dumps(found)  # they go into a response
     return found
 
 
@@ -66,7 +66,7 @@ FLAGS = ["flashAttention", "keepModelInMemory", "tryMmap", "gpuStrictVramCap", "
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("value", [True, "8", 8.0, 8.5, None, [8], {}, float("nan"), 10**30])
-def test_a_whole_number_is_nothing_else(name: str, value: Any) -> None:
+def test_only_a_whole_number_is_a_whole_number(name: str, value: Any) -> None:
     (detail,) = details(load_body(**{name: value}))
     assert detail["path"] == ["loadConfig", name]
     assert detail["message"]
@@ -74,7 +74,7 @@ def test_a_whole_number_is_nothing_else(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("value", [0, 1, "true", None, "yes"])
-def test_a_flag_is_true_or_false_only(name: str, value: Any) -> None:
+def test_a_flag_is_only_true_or_false(name: str, value: Any) -> None:
     (detail,) = details(load_body(**{name: value}))
     assert detail["path"] == ["loadConfig", name]
 
@@ -104,7 +104,7 @@ def test_a_number_is_finite_and_within_its_range(name: str, value: Any) -> None:
         (None, []),
     ],
 )
-def test_the_gpu_part_is_checked_too(gpu: Any, path: list[Any]) -> None:
+def test_the_gpu_object_is_checked(gpu: Any, path: list[Any]) -> None:
     (detail,) = details(load_body(gpu=gpu))
     assert detail["path"] == ["loadConfig", "gpu", *path]
 
@@ -146,20 +146,20 @@ def test_default_inference_is_checked(name: str, value: Any) -> None:
         ("rope-frequency-base", "ropeFrequencyBase"),
     ],
 )
-def test_an_unknown_field_names_its_nearest_spelling(given: str, nearest: str) -> None:
+def test_the_error_for_an_unknown_field_suggests_the_nearest_one(given: str, nearest: str) -> None:
     (detail,) = details(load_body(**{given: 1}))
     assert detail["path"] == ["loadConfig", given]
     assert repr(given) in detail["message"]
     assert repr(nearest) in detail["message"]
 
 
-def test_an_unknown_field_far_from_any_names_the_known_ones() -> None:
+def test_the_error_for_a_field_like_no_other_lists_the_known_ones() -> None:
     (detail,) = details({"modelKey": "m", "zzz": 1})
     assert detail["path"] == ["zzz"]
     assert "ttlSeconds" in detail["message"]
 
 
-def test_unknown_fields_are_found_on_every_level_at_once() -> None:
+def test_unknown_fields_are_found_on_all_levels_at_once() -> None:
     body = {
         "modelKey": "m",
         "ttl": 1,
@@ -174,14 +174,14 @@ def test_unknown_fields_are_found_on_every_level_at_once() -> None:
     ]
 
 
-def test_unknown_and_wrong_fields_are_told_together() -> None:
+def test_unknown_and_invalid_fields_are_reported_together() -> None:
     found = details({"modelkey": "m", "ttlSeconds": "soon"})
     assert {detail["path"][0] for detail in found} == {"modelKey", "modelkey", "ttlSeconds"}
 
 
 @pytest.mark.parametrize("value", [None, "", 5, [], "x" * 513])
 @pytest.mark.parametrize("name", ["modelKey", "instanceId"])
-def test_names_are_texts_of_a_sane_length(name: str, value: Any) -> None:
+def test_names_are_strings_of_limited_length(name: str, value: Any) -> None:
     assert details({"modelKey": "m", name: value})[0]["path"] == [name]
 
 
@@ -196,15 +196,15 @@ def test_the_ttl_is_a_whole_number_of_seconds(value: Any) -> None:
     [LOAD, schemas.UnloadSchema(), schemas.ActivateSchema(), schemas.DeactivateSchema()],
     ids=lambda schema: type(schema).__name__,
 )
-def test_a_body_that_is_no_object_is_told(schema: Any, body: Any) -> None:
+def test_a_body_must_be_an_object(schema: Any, body: Any) -> None:
     assert details(body, schema)[0]["path"] == []
 
 
-def test_unload_wants_a_name() -> None:
+def test_unload_needs_a_name() -> None:
     assert details({}, schemas.UnloadSchema())[0]["path"] == ["modelKey"]
     assert schemas.parse(schemas.UnloadSchema(), {"instanceId": "i"}) == {"instanceId": "i"}
 
 
-def test_deactivate_takes_nothing() -> None:
+def test_deactivate_takes_no_fields() -> None:
     assert schemas.parse(schemas.DeactivateSchema(), {}) == {}
     assert details({"force": True}, schemas.DeactivateSchema())[0]["path"] == ["force"]

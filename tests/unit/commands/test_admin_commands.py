@@ -1,4 +1,4 @@
-"""What the commands for administrators make of their options."""
+"""The request bodies that the admin commands build from their options, and their output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_model_alone_is_the_whole_body() -> None:
     assert load_body(MODEL) == {"modelKey": MODEL}
 
 
-def test_every_option_has_its_place_in_the_body() -> None:
+def test_every_option_has_a_field_in_the_body() -> None:
     body = load_body(
         MODEL,
         instance="one",
@@ -72,7 +72,7 @@ def test_every_option_has_its_place_in_the_body() -> None:
         ("[" * 100_000, "[" * 100_000),
     ],
 )
-def test_a_value_is_json_or_else_the_bare_string(text: str, value: Any) -> None:
+def test_a_value_is_json_or_else_a_string(text: str, value: Any) -> None:
     found = load_body(MODEL, fields=(f"seed={text}",))["loadConfig"]["seed"]
     assert (found, type(found)) == (value, type(value))
 
@@ -82,7 +82,7 @@ def test_gpu_is_a_word_or_a_ratio(text: str, value: Any) -> None:
     assert load_body(MODEL, gpu=text)["loadConfig"] == {"gpu": {"ratio": value}}
 
 
-def test_an_object_and_its_members_are_put_together() -> None:
+def test_an_object_and_its_members_are_merged() -> None:
     fields = ('gpu={"ratio": 0.5}', "gpu.mainGpu=1")
     assert load_body(MODEL, fields=fields)["loadConfig"] == {"gpu": {"ratio": 0.5, "mainGpu": 1}}
 
@@ -94,33 +94,31 @@ def test_an_object_and_its_members_are_put_together() -> None:
         ({"fields": ("=1",)}, "must be FIELD=VALUE"),
         ({"fields": ("gpu.=1",)}, "must be FIELD=VALUE"),
         ({"defaults": ("topP",)}, "--default topP: must be FIELD=VALUE"),
-        ({"fields": ("seed=1", "seed=2")}, "seed: is given twice"),
-        ({"context_length": 1, "fields": ("contextLength=2",)}, "contextLength: is given twice"),
-        ({"gpu": "max", "fields": ("gpu.ratio=1",)}, "gpu.ratio: is given twice"),
-        ({"gpu": "max", "fields": ('gpu={"ratio": 1}',)}, "gpu: is given twice"),
-        ({"fields": ("gpu=max", "gpu.mainGpu=0")}, "gpu has a value of its own"),
-        ({"temperature": 1.0, "defaults": ("temperature=1",)}, "temperature: is given twice"),
+        ({"fields": ("seed=1", "seed=2")}, "seed: given twice"),
+        ({"context_length": 1, "fields": ("contextLength=2",)}, "contextLength: given twice"),
+        ({"gpu": "max", "fields": ("gpu.ratio=1",)}, "gpu.ratio: given twice"),
+        ({"gpu": "max", "fields": ('gpu={"ratio": 1}',)}, "gpu: given twice"),
+        ({"fields": ("gpu=max", "gpu.mainGpu=0")}, "gpu already has a value of its own"),
+        ({"temperature": 1.0, "defaults": ("temperature=1",)}, "temperature: given twice"),
     ],
 )
-def test_a_field_that_is_no_assignment_or_is_given_twice_is_wrong_usage(
-    options: dict[str, Any], words: str
-) -> None:
+def test_a_malformed_or_repeated_field_is_wrong_usage(options: dict[str, Any], words: str) -> None:
     with pytest.raises(click.UsageError, match=words) as caught:
         load_body(MODEL, **options)
     assert caught.value.exit_code == 2
 
 
-def test_what_others_chose_can_not_steer_the_terminal() -> None:
+def test_control_characters_are_escaped() -> None:
     assert clean("\x1b[31mred\x07\x9b\u202e\ud800\n") == r"\x1b[31mred\x07\x9b\u202e\ud800\n"
     assert clean("Größe 模型 [x] :smile:") == "Größe 模型 [x] :smile:"
 
 
-def test_members_are_told_with_their_paths() -> None:
-    told = {"a": 1, "b": None, "c": {"d": "x", "e": {"f": True}}, "g": "two words", "h": "\x1b"}
-    assert members(told) == 'a=1 c.d=x c.e.f=true g="two words" h=\\x1b'
+def test_members_are_shown_with_their_paths() -> None:
+    content = {"a": 1, "b": None, "c": {"d": "x", "e": {"f": True}}, "g": "two words", "h": "\x1b"}
+    assert members(content) == 'a=1 c.d=x c.e.f=true g="two words" h=\\x1b'
 
 
-def test_the_commands_cost_serve_no_imports() -> None:
+def test_importing_the_commands_imports_no_heavy_package() -> None:
     script = "import sys, gateway.commands; print({'requests', 'rich', 'flask'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"
