@@ -1,1 +1,1 @@
-"""How fast the gateway is, beside what else can stand in front of a server."""
+"""How fast the gateway is, compared with other proxies."""

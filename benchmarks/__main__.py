@@ -3,10 +3,10 @@
     python -m benchmarks [--rounds 5] [--seconds 2] [--only requests,streams,...]
                          [--command 'NAME=command with {port} {upstream} {key}']
 
-Needs nginx and wrk (Debian packages). Everything is on loopback and shares this machine's cores:
-absolute figures say little; ratios are of one round, in which all targets come one after the other,
-their median is what is told, and the range of all rounds behind it says how noisy they are.
-benchmarks/README.rst tells how to install other proxies to compare with.
+Needs nginx and wrk (Debian packages). Everything runs on loopback and shares this machine's cores,
+so absolute figures say little. A round measures all targets in turn and each ratio compares figures
+of one round; the output has the median of the rounds, and their range, which shows the noise.
+benchmarks/README.rst describes how to install other proxies to compare with.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 
 from benchmarks import measures
 from benchmarks.measures import Requests, median
-from benchmarks.targets import Stand, Target
+from benchmarks.targets import Target, Testbed
 
 CONNECTIONS = (1, 16, 64)
 PARTS = (
     "requests",
     "streams",
     "first-byte",
-    "leaving",
+    "disconnects",
     "memory",
     "growth",
     "log",
@@ -36,8 +36,8 @@ PARTS = (
 class Run:
     """One run over all rounds."""
 
-    def __init__(self, stand: Stand, targets: list[Target], rounds: int, seconds: int) -> None:
-        self.stand, self.targets = stand, targets
+    def __init__(self, testbed: Testbed, targets: list[Target], rounds: int, seconds: int) -> None:
+        self.testbed, self.targets = testbed, targets
         self.rounds, self.seconds = rounds, seconds
         self.gateway = next(target for target in targets if target.name == "gateway")
 
@@ -45,7 +45,7 @@ class Run:
         for connections in CONNECTIONS:
             found: dict[str, list[Requests]] = {target.name: [] for target in self.targets}
             for target in self._all_rounds():
-                one = measures.requests(target, self.stand.folder, connections, self.seconds)
+                one = measures.requests(target, self.testbed.folder, connections, self.seconds)
                 found[target.name].append(one)
             own = [one.per_second for one in found["gateway"]]
             _table(
@@ -71,7 +71,7 @@ class Run:
                 found[target.name].append(measures.fast_events(target, streams, self.seconds))
             own = found["gateway"]
             rows = [(name, f"{median(one):.0f}", _ratio(own, one)) for name, one in found.items()]
-            title = f"Events as fast as they can, {streams} streams"
+            title = f"Events without pauses, {streams} streams"
             _table(title, ("\\", "events/s", "gateway's ratio"), *rows)
 
     def first_byte(self) -> None:
@@ -85,20 +85,22 @@ class Run:
             added = [ordered[int(q * (len(ordered) - 1))] - direct[int(q * (len(direct) - 1))]
                      for q in (0.5, 0.99)]  # fmt: skip
             rows.append((name, *(f"{one:.2f}" for one in added)))
-        title = "First byte of a stream, added to the upstream's own"
+        title = "First byte of a stream, in addition to the upstream's time"
         _table(title, ("\\", "median ms", "p99 ms"), *rows)
 
-    def leaving(self) -> None:
+    def disconnects(self) -> None:
         rows = []
         for target in self.targets:
-            told = []
+            cells = []
             for prefill in (False, True):
-                times = measures.leaving_ms(target, self.stand.paced_port, 16, prefill=prefill)
-                reached = [time for time in times if time != float("inf")]
-                middle = f"{median(reached):.1f}" if reached else "never"
-                told.append(f"{middle} ({len(reached)} of {len(times)})")
-            rows.append((target.name, *told))
-        title = "A client's leaving reaches the upstream"
+                times = measures.disconnects_ms(
+                    target, self.testbed.paced_port, 16, prefill=prefill
+                )
+                noticed = [time for time in times if time != float("inf")]
+                middle = f"{median(noticed):.1f}" if noticed else "never"
+                cells.append(f"{middle} ({len(noticed)} of {len(times)})")
+            rows.append((target.name, *cells))
+        title = "Time until the upstream notices that a client has disconnected"
         _table(title, ("\\", "mid-stream ms", "in prefill ms"), *rows)
 
     def memory(self) -> None:
@@ -110,7 +112,7 @@ class Run:
         found: dict[int, list[float]] = {size: [] for size in sizes}
         for _ in range(self.rounds):
             for size in sizes:
-                one = measures.requests(self.gateway, self.stand.folder, 4, self.seconds, size)
+                one = measures.requests(self.gateway, self.testbed.folder, 4, self.seconds, size)
                 found[size].append(one.cpu_ms)
         rows = []
         base = median(found[sizes[0]])
@@ -122,15 +124,15 @@ class Run:
         _table("A request whose body grows", head, *rows)
 
     def log(self) -> None:
-        """A gateway whose event log is at its bound beside one that has just begun."""
+        """A gateway with a full event log compared with one that has just started."""
         full, empty = [], []
         for number in range(self.rounds):
-            fresh = self.stand.gateway(f"fresh-{number}")
-            measures.requests(fresh, self.stand.folder, 4, 1)  # warm
+            fresh = self.testbed.gateway(f"fresh-{number}")
+            measures.requests(fresh, self.testbed.folder, 4, 1)  # warm-up
             for target, found in ((self.gateway, full), (fresh, empty)):
-                found.append(measures.requests(target, self.stand.folder, 4, 1).cpu_ms)
-            self.stand.drop(fresh)
-        print(f"\nCPU of a request with 10,000 events in the log: {_ratio(full, empty)} of without")
+                found.append(measures.requests(target, self.testbed.folder, 4, 1).cpu_ms)
+            self.testbed.remove(fresh)
+        print(f"\nCPU of a request, 10,000 events in the log to none: {_ratio(full, empty)}")
 
     def readers(self) -> None:
         """Plain requests with and without 20 readers of the event stream."""
@@ -142,17 +144,17 @@ class Run:
                 with_readers.append(self._plain())
         rates = [[one.per_second for one in found] for found in (with_readers, without)]
         costs = [[one.cpu_ms for one in found] for found in (with_readers, without)]
-        print(f"\n20 readers of the events: requests/s {_ratio(*rates)}, CPU {_ratio(*costs)}")
+        print(f"\n20 event readers to none: requests/s {_ratio(*rates)}, CPU {_ratio(*costs)}")
 
     def _plain(self) -> Requests:
-        return measures.requests(self.gateway, self.stand.folder, 16, self.seconds)
+        return measures.requests(self.gateway, self.testbed.folder, 16, self.seconds)
 
     def start(self) -> None:
-        times = [measures.start_seconds(self.stand.folder) for _ in range(self.rounds)]
-        print(f"\nserve answers /health after {median(times):.2f} s ({_range(times)})")
+        times = [measures.start_seconds(self.testbed.folder) for _ in range(self.rounds)]
+        print(f"\nFirst response to /health after {median(times):.2f} s ({_range(times)})")
 
     def _all_rounds(self) -> list[Target]:
-        """All targets in each round, every other round backwards."""
+        """All targets of each round, in reverse order in every other one."""
         order = []
         for number in range(self.rounds):
             order += self.targets if number % 2 == 0 else self.targets[::-1]
@@ -165,21 +167,23 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=2)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"comma-separated, from {', '.join(PARTS)}"
+    )
     parser.add_argument("--command", action="append", default=[], metavar="NAME=COMMAND")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        stand = Stand(Path(folder))
+        testbed = Testbed(Path(folder))
         try:
-            targets = [stand.upstream, stand.nginx(), stand.gateway()]
-            for given in wanted.command:
-                name, _, command = given.partition("=")
-                targets.append(stand.command(name, command))
-            run = Run(stand, targets, wanted.rounds, wanted.seconds)
-            for part in wanted.only.split(","):
+            targets = [testbed.upstream, testbed.nginx(), testbed.gateway()]
+            for proxy in options.command:
+                name, _, command = proxy.partition("=")
+                targets.append(testbed.command(name, command))
+            run = Run(testbed, targets, options.rounds, options.seconds)
+            for part in options.only.split(","):
                 getattr(run, part.replace("-", "_"))()
         finally:
-            stand.stop()
+            testbed.stop()
 
 
 def _ratio(own: list[float], others: list[float]) -> str:
@@ -192,7 +196,7 @@ def _range(values: list[float]) -> str:
 
 
 def _table(title: str, *rows: tuple[str, ...]) -> None:
-    """Print a simple table of reStructuredText; the first row is its head."""
+    """Print a simple table in reStructuredText; the first row is its header."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     rule = "  ".join("=" * width for width in widths)
     print(f"\n{title}\n")

@@ -1,4 +1,4 @@
-"""The measurements, each of one target; figures in the units that their names say."""
+"""The measurements, each of one target; names end in the figures' units."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
 
 @dataclass
 class Requests:
-    """Plain requests over kept connections."""
+    """Results of plain requests over persistent connections."""
 
     per_second: float
     cpu_ms: float
@@ -39,7 +39,7 @@ class Requests:
 def requests(
     target: Target, folder: Path, connections: int, seconds: int, prompt: int = 100
 ) -> Requests:
-    """Chats without a model, by wrk on one thread; ``prompt`` bytes each."""
+    """Send chats without a model with wrk on one thread, each with ``prompt`` bytes."""
     body = json.dumps({"messages": [{"role": "user", "content": "x" * prompt}]})
     script = folder / f"post-{prompt}.lua"
     script.write_text(
@@ -64,7 +64,7 @@ def requests(
 
 
 def fast_events(target: Target, streams: int, seconds: float) -> float:
-    """Events per second of streams that come as fast as they can."""
+    """Events per second of streams that the upstream sends without pauses."""
     events = 0
     selector = DefaultSelector()
     began = time.monotonic()
@@ -80,9 +80,9 @@ def fast_events(target: Target, streams: int, seconds: float) -> float:
                 key.data[1] = data[-64:]
             if data and b"[DONE]" not in (key.data[1]):
                 continue
-            # an event may be cut in two between arrivals, so a few are not counted
+            # an event cut in two by the reads is not counted, so allow for a few
             if not data or key.data[0] < EVENTS_PER_STREAM * 0.95:
-                raise SystemExit(f"{target.name}: a stream broke after {key.data[0]} events")
+                raise SystemExit(f"{target.name}: a stream broke off after {key.data[0]} events")
             events += EVENTS_PER_STREAM
             selector.unregister(client)
             client.close()
@@ -92,26 +92,26 @@ def fast_events(target: Target, streams: int, seconds: float) -> float:
 
 
 def first_bytes_ms(target: Target, count: int) -> list[float]:
-    """From a request to its stream's first event, one stream at a time: milliseconds each."""
+    """Milliseconds from a request to its first event, for one stream after the other."""
     found = []
     for _ in range(count):
         began = time.monotonic_ns()
         with _ask(target, "paced 2 1 0") as client:
-            heard = b""
-            while b'"sent":' not in heard:
+            received = b""
+            while b'"sent":' not in received:
                 data = client.recv(65536)
                 if not data:
-                    raise SystemExit(f"{target.name}: {heard!r}")
-                heard += data
+                    raise SystemExit(f"{target.name}: {received!r}")
+                received += data
             found.append((time.monotonic_ns() - began) / 1e6)
-            while b"[DONE]" not in heard:
-                heard += client.recv(65536)
+            while b"[DONE]" not in received:
+                received += client.recv(65536)
     return found
 
 
-def leaving_ms(target: Target, paced_port: int, clients: int, *, prefill: bool) -> list[float]:
-    """How long the upstream takes to see that a client has left: milliseconds; inf: never."""
-    list_left(paced_port)
+def disconnects_ms(target: Target, paced_port: int, clients: int, *, prefill: bool) -> list[float]:
+    """Milliseconds until the upstream notices each client's disconnect; inf: it never does."""
+    take_disconnects(paced_port)
     bench = "paced 1000 10 60000" if prefill else "paced 6000 10 0"
     opened = [_ask(target, bench) for _ in range(clients)]
     for client in opened:
@@ -120,26 +120,27 @@ def leaving_ms(target: Target, paced_port: int, clients: int, *, prefill: bool) 
     time.sleep(0.3)
     found = []
     for client in opened:
-        gone = time.monotonic_ns()
+        closed = time.monotonic_ns()
         client.close()
         deadline = time.monotonic() + 5
-        seen: list[int] = []
-        while not seen and time.monotonic() < deadline:
+        noticed: list[int] = []
+        while not noticed and time.monotonic() < deadline:
             time.sleep(0.02)
-            seen = list_left(paced_port)
-        found.append((seen[0] - gone) / 1e6 if seen else float("inf"))
+            noticed = take_disconnects(paced_port)
+        found.append((noticed[0] - closed) / 1e6 if noticed else float("inf"))
     return found
 
 
-def list_left(paced_port: int) -> list[int]:
-    url = f"http://127.0.0.1:{paced_port}/left"
+def take_disconnects(paced_port: int) -> list[int]:
+    """The times of the disconnects since the last call, in nanoseconds (time.monotonic_ns())."""
+    url = f"http://127.0.0.1:{paced_port}/disconnects"
     found: list[int] = json.load(urllib.request.urlopen(url, timeout=10))
     return found
 
 
 @contextmanager
 def event_readers(target: Target, count: int) -> Iterator[None]:
-    """So many readers of ``/debug/stream``, each a curl of its own."""
+    """Run this many readers of ``/debug/stream``, each a curl process."""
     curl = ["curl", "-sN", "-H", f"Authorization: Bearer {KEY}", "-o", "/dev/null"]
     url = f"http://127.0.0.1:{target.port}/debug/stream"
     readers = [subprocess.Popen([*curl, url]) for _ in range(count)]
@@ -154,7 +155,7 @@ def event_readers(target: Target, count: int) -> Iterator[None]:
 
 
 def start_seconds(folder: Path) -> float:
-    """From the start of ``lmstudio-gateway serve`` to its first answer to ``/health``."""
+    """Seconds from the start of ``lmstudio-gateway serve`` to its first response to ``/health``."""
     port = free_port()
     process = Process(
         [sys.executable, "-m", "gateway", "serve"],

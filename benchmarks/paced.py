@@ -1,7 +1,8 @@
-"""A chat that streams at a pace, for what is measured in milliseconds.
+"""An upstream whose streams have a pace, for measurements in milliseconds.
 
-``X-Bench: paced COUNT MILLISECONDS PREFILL_MS`` asks for so many events. ``GET /left`` lists when
-clients left before the end (``time.monotonic_ns()``, one clock for all processes of a machine).
+``X-Bench: paced COUNT INTERVAL_MS PREFILL_MS`` asks for COUNT events after PREFILL_MS.
+``GET /disconnects`` lists when clients disconnected before the end of their stream, since the last
+such request (``time.monotonic_ns()``, one clock for all processes of a machine).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import gevent  # noqa: E402
 from gevent.server import StreamServer  # noqa: E402
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nConnection: close\r\n\r\n"
-left: list[int] = []
+disconnects: list[int] = []
 
 
 def serve(client: socket.socket, address: object) -> None:
@@ -29,12 +30,12 @@ def serve(client: socket.socket, address: object) -> None:
         if not data:
             return
         head += data
-    if head.startswith(b"GET /left"):
-        client.sendall(_HEAD % b"application/json" + json.dumps(left).encode())
-        left.clear()
+    if head.startswith(b"GET /disconnects"):
+        client.sendall(_HEAD % b"application/json" + json.dumps(disconnects).encode())
+        disconnects.clear()
         return
-    asked = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"x-bench:"))
-    count, pace, prefill = (int(number) for number in asked.split()[2:5])
+    bench = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"x-bench:"))
+    count, pace, prefill = (int(number) for number in bench.split()[2:5])
     watcher = gevent.spawn(_watch, client)
     try:
         gevent.sleep(prefill / 1000)
@@ -50,14 +51,14 @@ def serve(client: socket.socket, address: object) -> None:
 
 
 def _watch(client: socket.socket) -> None:
-    """Note the moment in which the client leaves."""
+    """Record the time at which the client disconnects."""
     while True:
         try:
             if client.recv(65536):
                 continue
         except OSError:
             pass
-        left.append(time.monotonic_ns())
+        disconnects.append(time.monotonic_ns())
         client.close()
         return
 

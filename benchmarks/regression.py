@@ -1,10 +1,10 @@
-"""What a plain request costs, in a unit that busy and slow machines change little.
+"""The cost of a plain request, in a unit that hardly depends on the machine and its load.
 
     python -m benchmarks.regression [--rounds 5]
 
-CPU time of the gateway per request, divided by the CPU time that this process needs for a fixed
-piece of Python at the same time. CI prints it, as information: it moves by some 5 % from run to
-run, so a step of 15 % or more is worth a look. Needs nginx and wrk.
+It is the gateway's CPU time per request, divided by the CPU time that a fixed piece of Python takes
+in this process at the same time. CI prints it for information: it varies by about 5 % from run to
+run, so a change of 15 % or more deserves a look. Needs nginx and wrk.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from benchmarks import measures
 from benchmarks.measures import median
-from benchmarks.targets import Stand
+from benchmarks.targets import Testbed
 
 
 def yardstick() -> float:
-    """CPU milliseconds of work like the gateway's: JSON, dictionaries, byte strings."""
+    """CPU milliseconds of work similar to the gateway's: JSON, dictionaries, byte strings."""
     began = time.process_time()
     for number in range(2000):
         text = json.dumps({"number": number, "words": ["a", "b"] * 10, "nested": {"x": 1.5}})
@@ -38,17 +38,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
-        stand = Stand(Path(folder))
+        testbed = Testbed(Path(folder))
         try:
-            gateway = stand.gateway(WEB_CONCURRENCY="1")
-            measures.requests(gateway, stand.folder, 4, 1)  # warm
+            gateway = testbed.gateway(WEB_CONCURRENCY="1")
+            measures.requests(gateway, testbed.folder, 4, 1)  # warm-up
             found = []
             for _ in range(rounds):
                 before = yardstick()
-                cost = measures.requests(gateway, stand.folder, 4, 1).cpu_ms
+                cost = measures.requests(gateway, testbed.folder, 4, 1).cpu_ms
                 found.append(cost / (before + yardstick()) * 2 * 1000)
         finally:
-            stand.stop()
+            testbed.stop()
     low, high = min(found), max(found)
     print(f"a request costs {median(found):.2f} thousandths of a yardstick ({low:.2f}-{high:.2f})")
 

@@ -1,4 +1,4 @@
-"""What is measured: the upstream, the gateway, nginx, and any other command that proxies."""
+"""The targets of the measurements: the upstream, the gateway, nginx, and any other proxy."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.processes import free_port
 KEY = "bench-key-0123456789"
 MODEL = "bench-model"
 CHAT = "/v1/chat/completions"
-#: What the upstream answers to a plain request, and an event of its fast streams.
-ANSWER = {
+#: The upstream's response to a plain request; below, an event of its fast streams.
+RESPONSE = {
     "id": "chatcmpl-1",
     "object": "chat.completion",
     "model": MODEL,
@@ -57,7 +57,7 @@ http {{
             default_type application/json;
             if ($http_x_bench = "fast") {{ rewrite ^ /fast.txt last; }}
             if ($http_x_bench ~ "^paced") {{ rewrite ^ /paced last; }}
-            return 200 '{answer}';
+            return 200 '{response}';
         }}
         location = /fast.txt {{
             root {folder}; default_type text/event-stream; types {{ }} error_page 405 =200 $uri;
@@ -89,7 +89,7 @@ http {{
 
 
 class Process:
-    """A program and all its children."""
+    """A process and all its descendants."""
 
     def __init__(self, command: list[str], log: Path, **environ: str) -> None:
         self.started = time.monotonic()
@@ -99,7 +99,7 @@ class Process:
             )
 
     def cpu_seconds(self) -> float:
-        """CPU time of all threads of all processes, in seconds with nanoseconds."""
+        """CPU time of all their threads in seconds, exact to the nanosecond."""
         total = 0
         for process in self._family():
             for schedstat in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
@@ -108,7 +108,7 @@ class Process:
         return total / 1e9
 
     def pss_mib(self) -> float:
-        """Proportional memory of all processes."""
+        """Their proportional set size in MiB."""
         found = 0
         for process in self._family():
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
@@ -132,29 +132,29 @@ class Process:
 
 
 class Target:
-    """Something on a port that answers like the upstream. ``process`` None: not measured itself."""
+    """A server that responds like the upstream; ``process`` None: its CPU time is not measured."""
 
     def __init__(self, name: str, port: int, process: Process | None) -> None:
         self.name, self.port, self.process = name, port, process
         self.url = f"http://127.0.0.1:{port}{CHAT}"
 
-    def wait(self, seconds: float = 60) -> float:
-        """Wait until it serves; returns when it did (time.monotonic())."""
-        deadline = time.monotonic() + seconds
+    def wait(self, timeout: float = 60) -> None:
+        """Wait until it serves; SystemExit if it does not."""
+        deadline = time.monotonic() + timeout
         body = json.dumps({"messages": []}).encode()
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         while True:
             with suppress(OSError, urllib.error.URLError):
                 request = urllib.request.Request(self.url, body, headers)
                 if b"chat.completion" in urllib.request.urlopen(request, timeout=2).read():
-                    return time.monotonic()
+                    return
             if time.monotonic() > deadline:
                 raise SystemExit(f"{self.name} does not serve")
             time.sleep(0.02)
 
 
-class Stand:
-    """All targets of one run, in one folder. To be stopped."""
+class Testbed:
+    """All targets of one run, with their files in one folder. Call :meth:`stop` at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -166,15 +166,15 @@ class Stand:
         self.paced_port = free_port()
         self._start("paced", [sys.executable, "-m", "benchmarks.paced", str(self.paced_port)])
         self.upstream = self._start_nginx(
-            "upstream", _UPSTREAM, answer=json.dumps(ANSWER), paced=self.paced_port
+            "upstream", _UPSTREAM, response=json.dumps(RESPONSE), paced=self.paced_port
         )
 
     def nginx(self) -> Target:
-        """nginx as it is for streams, with two workers; it looks into nothing."""
+        """nginx, configured for streams, with two workers; it only passes on bytes."""
         return self._start_nginx("nginx", _NGINX, upstream=self.upstream.port)
 
     def gateway(self, name: str = "gateway", **settings: str) -> Target:
-        """The gateway with everything on: keys, allowlist, injection, events, metrics, log."""
+        """The gateway with everything enabled: keys, allowlist, injection, events, metrics, log."""
         port = free_port()
         environ = {
             "LMSTUDIO_BASE_URL": f"http://127.0.0.1:{self.upstream.port}",
@@ -193,7 +193,7 @@ class Stand:
         return target
 
     def command(self, name: str, command: str) -> Target:
-        """Any proxy; ``{port}``, ``{upstream}`` and ``{key}`` in its command are filled in."""
+        """Another proxy; fills in ``{port}``, ``{upstream}`` and ``{key}`` in its command."""
         port = free_port()
         upstream = f"http://127.0.0.1:{self.upstream.port}"
         words = shlex.split(command.format(port=port, upstream=upstream, key=KEY))
@@ -202,8 +202,8 @@ class Stand:
         target.wait()
         return target
 
-    def drop(self, target: Target) -> None:
-        """Stop one target."""
+    def remove(self, target: Target) -> None:
+        """Stop one target before the others."""
         if target.process is not None:
             self._processes.remove(target.process)
             target.process.stop()
