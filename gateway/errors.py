@@ -170,6 +170,15 @@ def dumps(value: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def loads(text: str | bytes) -> Any:
+    """Parse JSON strictly: ValueError also for ``NaN`` and ``Infinity``, which Python accepts."""
+    return json.loads(text, parse_constant=reject_constant)
+
+
+def reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 

@@ -20,20 +20,17 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.settings import TABLE
 from tests.browser import Window, chromium
 from tests.nginx import Nginx
-from tests.processes import free_port
+from tests.processes import clean_environ, free_port
 from tests.readme import ROOT, Block, blocks, replaced
 
 KEY, ADMIN = "inference-key-0123456789", "admin-key-0123456789abc"
 MODEL = "qwen2.5-7b-instruct"
 TIMEOUT = 60.0
 INSTALL_TIMEOUT = 600.0
-#: Variables that a newcomer's shell would not have: of our environment, and our settings.
-OURS = {setting.variable for setting in TABLE} | {
-    *("VIRTUAL_ENV", "PYTHONPATH", "WEB_CONCURRENCY", "GATEWAY_URL")
-}
+#: Variables of the tests' environment that a newcomer's shell would not have.
+NOT_INHERITED = {"VIRTUAL_ENV", "PYTHONPATH"}
 
 
 class StepFailed(Exception):
@@ -54,7 +51,9 @@ class Newcomer:
             "YOUR-KEY": KEY,
             "YOUR-ADMIN-KEY": ADMIN,
         }
-        clean = {name: text for name, text in os.environ.items() if name not in OURS}
+        clean = clean_environ()
+        for name in NOT_INHERITED:
+            clean.pop(name, None)
         # as "activate" does for the commands that follow it
         path = f"{clone}/venv/bin:{clean['PATH']}"
         self.environ = {**clean, "PATH": path, "NO_PROXY": "*", "PYTHONUNBUFFERED": "1"}

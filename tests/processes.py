@@ -31,6 +31,12 @@ def eventually(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
         time.sleep(0.02)
 
 
+def clean_environ() -> dict[str, str]:
+    """The environment of the tests without the developer's settings of the gateway."""
+    settings = {setting.variable for setting in TABLE} | {"WEB_CONCURRENCY", "GATEWAY_URL"}
+    return {name: text for name, text in os.environ.items() if name not in settings}
+
+
 def free_port() -> int:
     """A port that was free a moment ago."""
     with socket.socket() as probe:
@@ -98,10 +104,9 @@ class Gateway:
         self.unix = str(settings.get("GATEWAY_HOST", "")).partition("unix:")[2]
         self.port = int(settings.pop("GATEWAY_PORT", None) or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
-        clean = {name: text for name, text in os.environ.items() if not _is_setting(name)}
         given = {name: str(value) for name, value in settings.items() if value is not None}
         self.environ = {
-            **clean,
+            **clean_environ(),
             "LMSTUDIO_BASE_URL": lmstudio,
             "GATEWAY_PORT": str(self.port),
             "STATE_URL": f"sqlite:///{folder}/state.db",
@@ -169,7 +174,3 @@ def _session() -> requests.Session:
     session = requests.Session()
     session.trust_env = False
     return session
-
-
-def _is_setting(name: str) -> bool:
-    return name in {setting.variable for setting in TABLE} | {"WEB_CONCURRENCY"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from typing import Any
 
@@ -12,7 +11,7 @@ from gateway import sse
 from gateway.admin import schemas
 from gateway.admin.models import Emit, Models
 from gateway.admin.operation import Operation
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, loads
 from gateway.request import REQUEST_ID, bodies
 
 blueprint = Blueprint("admin", __name__, url_prefix="/admin")
@@ -81,13 +80,9 @@ def _body(*, optional: bool = False) -> Any:
     if optional and not content.strip():
         return {}
     try:
-        return json.loads(content.decode(), parse_constant=_refuse_constant)
+        return loads(content.decode())
     except (ValueError, RecursionError):
         raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _wants_events() -> bool:

@@ -139,7 +139,8 @@ def _gateway(lmstudio: str, state: str) -> Iterator[str]:
     """The gateway on port 8002 or the next free one; yields its URL."""
     port = _free_port()
     # keep the user's own settings out of the demo; its folder keeps ./.env out
-    inherited = {name: value for name, value in os.environ.items() if not _is_setting(name)}
+    settings = {setting.variable for setting in TABLE}
+    inherited = {name: value for name, value in os.environ.items() if name not in settings}
     environ = inherited | {
         "LMSTUDIO_BASE_URL": lmstudio,
         "GATEWAY_HOST": "127.0.0.1",
@@ -192,10 +193,6 @@ def _free_port() -> int:
                 continue
             return int(probe.getsockname()[1])
     raise DemoError("no free port")
-
-
-def _is_setting(name: str) -> bool:
-    return name in {setting.variable for setting in TABLE}
 
 
 # Output ---------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import :mod:`.client` and :mod:`.terminal` inside functions, so that ``serve`` s
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import click
 
 from gateway import __version__
+from gateway.errors import loads
 
 INTERRUPTED = 130
 
@@ -142,10 +142,6 @@ def _put(target: dict[str, Any], field: str, value: Any) -> None:
 def _value(text: str) -> Any:
     """The value of a text that is JSON, else the text itself."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

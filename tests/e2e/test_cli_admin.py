@@ -18,20 +18,13 @@ import pytest
 import requests
 import trustme
 
-from gateway.settings import TABLE
 from tests.conftest import SdkClient
-from tests.processes import Gateway, Simulator, eventually, free_port
+from tests.processes import Gateway, Simulator, clean_environ, eventually, free_port
 
 SCRIPT = str(Path(sys.executable).with_name("lmstudio-gateway"))
 QWEN = "qwen2.5-7b-instruct"
 SLOW = "llama-3.3-70b-instruct"
-NOT_INHERITED = {setting.variable for setting in TABLE} | {
-    "GATEWAY_URL",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-    "NO_COLOR",
-    "FORCE_COLOR",
-}
+NOT_INHERITED = {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NO_COLOR", "FORCE_COLOR"}
 Launch = Callable[..., Gateway]
 
 
@@ -39,7 +32,9 @@ class Command:
     """A running ``lmstudio-gateway`` whose output is collected as it is printed."""
 
     def __init__(self, arguments: tuple[str, ...], environ: dict[str, str], folder: Path) -> None:
-        inherited = {name: text for name, text in os.environ.items() if name not in NOT_INHERITED}
+        inherited = {
+            name: text for name, text in clean_environ().items() if name not in NOT_INHERITED
+        }
         self.environ = inherited | {"NO_PROXY": "*", "TERM": "xterm", "COLUMNS": "100"} | environ
         self.out = self.err = b""
         self.terminal: int | None = None

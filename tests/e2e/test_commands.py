@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,8 +13,7 @@ import psutil
 import pytest
 import requests
 
-from gateway.settings import TABLE
-from tests.processes import Gateway, Simulator, eventually, free_port
+from tests.processes import Gateway, Simulator, clean_environ, eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "gateway"]
@@ -28,13 +26,12 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts commands with only the given settings; they are killed when the test ends."""
     running: list[subprocess.Popen[str]] = []
-    known = {setting.variable for setting in TABLE} | {"WEB_CONCURRENCY"}
 
     def begin(
         command: list[str], *, cwd: Path | None = None, **settings: Any
     ) -> subprocess.Popen[str]:
         (tmp_path / "temporary").mkdir(exist_ok=True)
-        environ = {name: text for name, text in os.environ.items() if name not in known}
+        environ = clean_environ()
         environ |= {"TMPDIR": str(tmp_path / "temporary"), "PYTHONUNBUFFERED": "1"}
         environ |= {"STATE_URL": f"sqlite:///{tmp_path}/state.db", "WEB_CONCURRENCY": "1"}
         process = subprocess.Popen(
