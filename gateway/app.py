@@ -71,7 +71,7 @@ class Gateway:
     def _maintain(self) -> None:
         while True:
             gevent.sleep(MAINTENANCE_INTERVAL)
-            self.upstream.adapter.close_old()
+            self.upstream.adapter.close_stale()
             self.reporter.report_progress()
             if self.store.many_machines:
                 with suppress(GatewayError):

@@ -1,4 +1,4 @@
-"""Timestamps, and how long something has been in flight."""
+"""Timestamps, deadlines, and how long something has been in flight."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def elapsed_ms(running: dict[str, Any]) -> int:
     else:
         seconds = time.time() - float(running["startedAt"])
     return max(0, round(seconds * 1000))
+
+
+def remaining(deadline: float | None) -> float | None:
+    """Seconds until a deadline (of time.monotonic()), never quite 0: sockets take that to mean
+    "don't wait"; None when there is no deadline."""
+    return None if deadline is None else max(0.001, deadline - time.monotonic())
 
 
 def _machine() -> str:

@@ -1,15 +1,15 @@
-"""The two ways to LM Studio: its SDK's WebSocket and its HTTP server.
+"""The two ways to reach LM Studio: its SDK's WebSocket and its HTTP server.
 
-:mod:`.link` manages models through the official SDK and is the file to read first; :mod:`.sdk`
-holds what the SDK lacks, :mod:`.load_config` the table of load settings. :mod:`.http` sends
-inference requests, over the connections of :mod:`.adapter`; an :mod:`.exchange` is one of them, and
-:mod:`.http1` is the HTTP/1.1 grammar that it reads with.
+:mod:`.link` manages models through the official SDK and is the file to read first; :mod:`.sessions`
+keeps it connected, :mod:`.sdk` extends it, :mod:`.load_config` is the table of load settings.
+:mod:`.http` sends inference requests over the connections that :mod:`.adapter` keeps; an
+:mod:`.exchange` is one request with its response, which :mod:`.http1` parses.
 
 This package must not know about Flask, about clients or about the shared state.
 """
 
 from gateway.lmstudio import load_config
-from gateway.lmstudio.exchange import ConnectionBroken, Exchange, Silence
+from gateway.lmstudio.exchange import ConnectionBroken, Exchange, ReadTimeout
 from gateway.lmstudio.http import Upstream
 from gateway.lmstudio.http1 import HEADER_LINE, TOKEN
 from gateway.lmstudio.link import Link, get_link
@@ -22,8 +22,8 @@ __all__ = [
     "Exchange",
     "Link",
     "LinkLost",
+    "ReadTimeout",
     "ServerRefused",
-    "Silence",
     "Upstream",
     "get_link",
     "load_config",

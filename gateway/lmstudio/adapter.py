@@ -1,8 +1,8 @@
-"""A requests transport adapter that hands out a response before it has arrived.
+"""A requests transport adapter that returns a response before any of it has arrived.
 
-requests and urllib3 open the connections (TLS included); the adapter keeps them and writes the
-request. The library's own way of reading responses waits for whole chunks and leaves no handle by
-which a connection can be closed from outside: see :class:`.exchange.Exchange`.
+urllib3 opens the connections (TLS included); the adapter keeps them and writes the requests. It
+does not use the library's response, which waits for whole chunks and which nobody else can abort:
+see :class:`.exchange.Exchange`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from gateway import sockets
 from gateway.errors import Unreachable
 from gateway.lmstudio.exchange import ConnectionBroken, Exchange
 
+#: Seconds to open a connection.
 CONNECT_TIMEOUT = 5.0
-#: LM Studio closes a connection that was idle for 5 s; one that is nearly as old is not used again.
+#: LM Studio closes a connection after 5 s without a request. One that may be closed while the next
+#: request is on its way is not used again.
 MAX_IDLE_SECONDS = 4.0
 
 Connection = HTTPConnection
 
 
 class LMStudioAdapter(HTTPAdapter):
-    """Sends prepared requests over kept connections to one server.
+    """Sends prepared requests to one server, over connections that it keeps open.
 
-    ``send`` returns an :class:`Exchange`, with ``stream=True`` before its head has come.
+    With ``stream=True``, ``send`` returns the :class:`Exchange` before the response has begun.
     """
 
     def __init__(self, base_url: str) -> None:
@@ -55,14 +57,17 @@ class LMStudioAdapter(HTTPAdapter):
         cert: Any = None,
         proxies: Any = None,
     ) -> Exchange:
-        """Send a request. Raises Unreachable when no connection can be had, ConnectionBroken when
-        it breaks off; only what broke before its first byte was sent is tried again."""
+        """Send a request.
+
+        Raises Unreachable when no connection can be opened, ConnectionBroken when it fails. A
+        request is sent again only if the connection failed before its first byte was sent.
+        """
         method = cast(str, request.method)
         body: Any = request.body
         first = _serialise(method, request)
         if isinstance(body, bytes):
             first += body
-        connection = self._connection_with(first)
+        connection = self._send_first(first)
         exchange = Exchange(connection, method, self.put_back)
         exchange.request = request
         exchange.url = cast(str, request.url)
@@ -78,21 +83,22 @@ class LMStudioAdapter(HTTPAdapter):
         return exchange
 
     def put_back(self, connection: Connection) -> None:
-        """Keep a connection for the next request."""
+        """Keep an idle connection for the next request."""
         self._idle.append((connection, time.monotonic()))
 
-    def close_old(self) -> None:
-        """Close kept connections that are too old to be used again."""
+    def close_stale(self) -> None:
+        """Close the connections that have been idle for too long to be used again."""
         oldest = time.monotonic() - MAX_IDLE_SECONDS
         while self._idle and self._idle[0][1] < oldest:
             self._idle.popleft()[0].close()
 
     def close(self) -> None:
+        """Close every idle connection."""
         while self._idle:
             self._idle.pop()[0].close()
 
-    def _connection_with(self, first: bytes) -> Connection:
-        """A connection on which the first bytes have been sent."""
+    def _send_first(self, first: bytes) -> Connection:
+        """Send the first bytes of a request; returns the connection, an idle or a new one."""
         connection = self._take_idle()
         if connection is not None:
             try:
@@ -109,8 +115,8 @@ class LMStudioAdapter(HTTPAdapter):
         return connection
 
     def _take_idle(self) -> Connection | None:
-        """The youngest kept connection that is still good. Older ones are closed on the way."""
-        self.close_old()
+        """Return the most recently used connection that is still open, if there is one."""
+        self.close_stale()
         while self._idle:
             connection = self._idle.pop()[0]
             if sockets.peek(connection.sock) is None:
@@ -141,7 +147,7 @@ class LMStudioAdapter(HTTPAdapter):
 
 
 class NothingSent(Exception):
-    """The connection failed before it took the first byte."""
+    """The connection failed before a byte was sent, so a retry can't repeat anything."""
 
 
 def _serialise(method: str, request: requests.PreparedRequest) -> bytes:
@@ -152,8 +158,11 @@ def _serialise(method: str, request: requests.PreparedRequest) -> bytes:
 
 
 def _send(sock: Any, data: bytes) -> None:
-    """Send everything. Raises NothingSent as long as a retry is harmless; a failure after that is
-    left to the reading side, where an early answer (a 413, say) may be waiting."""
+    """Send all of ``data``. Raises NothingSent when the connection fails before the first byte.
+
+    A later failure is ignored: LM Studio may have responded early (with a 413, say) and closed the
+    connection, so reading the response shows what happened.
+    """
     sock.settimeout(None)
     try:
         sent = sock.send(data)
@@ -167,7 +176,7 @@ def _send(sock: Any, data: bytes) -> None:
 
 
 def _upload(sock: Any, pieces: Iterable[bytes], chunked: bool) -> None:
-    """Pass a body on piece by piece; when LM Studio stops reading, its answer may be there."""
+    """Send a body piece by piece. Failures are ignored, for the reason given in :func:`_send`."""
     for piece in pieces:
         try:
             sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)

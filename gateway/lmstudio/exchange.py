@@ -11,33 +11,35 @@ from gevent.socket import wait_read
 from urllib3.connection import HTTPConnection
 
 from gateway import sockets
+from gateway.clock import remaining
 from gateway.lmstudio import http1
 
+#: The most that one arrival can be.
 READ_BYTES = 65536
 
-#: Takes a connection back that can carry another exchange.
+#: Returns to the pool a connection that can carry another exchange.
 PutBack = Callable[[HTTPConnection], None]
 
 
 class ConnectionBroken(Exception):
-    """LM Studio closed or garbled an exchange."""
+    """LM Studio closed the connection, or sent something that is not HTTP."""
 
 
-class Silence(Exception):
-    """Nothing came within the given time; the exchange goes on."""
+class ReadTimeout(Exception):
+    """Nothing arrived within the timeout. The exchange goes on and can be read again."""
 
 
 class Exchange(requests.Response):
-    """One request that was sent to LM Studio, and its answer as it comes.
+    """One request that was sent to LM Studio, and its response as it arrives.
 
-    ``status_code`` and ``headers`` are there after :meth:`wait_head`; :meth:`receive` gives the
-    payload of one arrival. :meth:`abort` may be called from anywhere, the event loop included.
+    :meth:`wait_head` sets ``head`` and ``status_code``; :meth:`receive` returns the payload of one
+    arrival. :meth:`abort` may be called from anywhere, the event loop included.
     """
 
     head: http1.Head
 
     def __init__(self, connection: HTTPConnection, method: str, put_back: PutBack) -> None:
-        # requests.Response.__init__ makes a cookie jar and more, for every answer: not needed here
+        # not super().__init__(), which makes a cookie jar and more for every response
         self._content = False  # type: ignore[assignment]
         self._content_consumed = False
         self.history: list[requests.Response] = []
@@ -51,21 +53,22 @@ class Exchange(requests.Response):
         self._body: http1.Body = http1.UntilClose()
 
     def wait_head(self, timeout: float | None) -> http1.Head:
-        """Status and headers; raises Silence when they are not complete within ``timeout`` s."""
+        """Wait for status and headers; raises ReadTimeout after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        # Through the event loop once per request, even when the answer is there already: a busy
-        # keep-alive connection would otherwise starve its neighbours.
+        # Yield to the event loop once per request, even if the response has arrived already: a busy
+        # keep-alive connection would otherwise starve the others.
         self._wait_readable(deadline)
         while True:
             head = self._take_head()
             if head is not None:
                 return head
-            self._fill(_remaining(deadline))
+            self._fill(remaining(deadline))
 
     def receive(self, timeout: float | None) -> bytes:
-        """The payload of the next arrival; ``b""`` at the end of the answer.
+        """Return the payload of the next arrival; ``b""`` at the end of the response.
 
-        Raises Silence after ``timeout`` s without any, ConnectionBroken when the answer breaks off.
+        Raises ReadTimeout after ``timeout`` seconds without an arrival, ConnectionBroken when the
+        response breaks off.
         """
         body = self._body
         while not body.done:
@@ -79,16 +82,19 @@ class Exchange(requests.Response):
         return b""
 
     def read(self, amount: int | None = None, decode_content: bool = False) -> bytes:
-        """For requests' own use (``.content``): the next arrival."""
+        """Return the next arrival, for the methods that Exchange inherits (``.content``)."""
         return self.receive(None)
 
     @property
     def complete(self) -> bool:
-        """Whether the whole answer has been received."""
+        """Whether the whole response has been received."""
         return self._body.done
 
     def abort(self, reason: str = "") -> None:
-        """Shut the connection at once; whoever waits on it sees it end, for this reason."""
+        """Shut the connection down at once: whoever reads from it gets ConnectionBroken.
+
+        ``reason`` is for the client; it is empty if the client has disconnected.
+        """
         self.aborted = True
         self.abort_reason = self.abort_reason or reason
         self._reusable = False
@@ -96,7 +102,10 @@ class Exchange(requests.Response):
             sockets.shut(self._socket)
 
     def close(self) -> None:
-        """Give the connection back when the answer is complete, else close it. Idempotent."""
+        """Return the connection to the pool if the response is complete, else close it.
+
+        Further calls do nothing.
+        """
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -108,26 +117,27 @@ class Exchange(requests.Response):
             connection.close()
 
     _reusable = False
-    #: Whether the exchange was cut from our side, and why, if the client is still there to know.
+    #: Whether the gateway aborted the exchange, and the reason to give to a client that is still
+    #: connected.
     aborted = False
     abort_reason = ""
-    #: Called once, when the exchange gives up its connection.
+    #: Called once, when the exchange releases its connection.
     on_close: Callable[[Exchange], None] | None = None
 
     def _take_head(self) -> http1.Head | None:
-        """The answer's head once the buffer has it whole; interim (1xx) heads are skipped."""
+        """Parse the head once the buffer holds all of it, skipping interim (1xx) heads."""
         while True:
             end, skip = _head_end(self._buffer)
             if end < 0:
                 if len(self._buffer) > http1.MAX_HEAD_BYTES:
-                    raise ConnectionBroken("the head of the answer is too large")
+                    raise ConnectionBroken("the head of the response is too large")
                 return None
             try:
                 head = http1.parse_head(self._buffer[:end])
                 self._buffer = self._buffer[end + skip :]
                 if head.status < 200:
                     if head.status == 101:
-                        raise ConnectionBroken("LM Studio switched protocols")
+                        raise ConnectionBroken("unexpected switch of protocols")
                     continue
                 self._body = http1.body_of(head, self._method)
             except http1.Malformed as fault:
@@ -145,14 +155,14 @@ class Exchange(requests.Response):
             raise ConnectionBroken(str(fault)) from None
 
     def _fill(self, timeout: float | None) -> None:
-        """Read what is there, waiting up to ``timeout`` s for it."""
+        """Read what has arrived, waiting up to ``timeout`` seconds for something."""
         self._socket.settimeout(timeout)
         try:
             data = self._socket.recv(READ_BYTES)
         except TimeoutError:
-            raise Silence from None
+            raise ReadTimeout from None
         except OSError as error:
-            raise ConnectionBroken(error.strerror or "the connection broke") from None
+            raise _broken(error) from None
         if data:
             self._buffer += data
             return
@@ -161,7 +171,7 @@ class Exchange(requests.Response):
     def _ended(self) -> None:
         try:
             if not hasattr(self, "head"):
-                raise ConnectionBroken("LM Studio closed the connection without an answer")
+                raise ConnectionBroken("the connection closed before a response arrived")
             self._body.end()
         except http1.Malformed as fault:
             raise ConnectionBroken(str(fault)) from None
@@ -170,18 +180,18 @@ class Exchange(requests.Response):
         if self._buffer:
             return
         try:
-            wait_read(self._socket.fileno(), _remaining(deadline), Silence())
+            wait_read(self._socket.fileno(), remaining(deadline), ReadTimeout())
         except OSError as error:
-            raise ConnectionBroken(error.strerror or "the connection broke") from None
+            raise _broken(error) from None
 
 
 def _head_end(buffer: bytes) -> tuple[int, int]:
-    """Where the head ends and how many bytes the empty line has; -1 when it is not there yet."""
+    """Return where the head ends (-1: not yet) and the length of the line ends that end it."""
     end = buffer.find(b"\r\n\r\n")
     if end >= 0:
         return end, 4
     return buffer.find(b"\n\n"), 2
 
 
-def _remaining(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.001, deadline - time.monotonic())
+def _broken(error: OSError) -> ConnectionBroken:
+    return ConnectionBroken(error.strerror or "the connection failed")

@@ -1,4 +1,4 @@
-"""The HTTP client of one worker for LM Studio's server."""
+"""Sends requests to LM Studio's HTTP server."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections.abc import Iterator
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-import gevent.monkey
+import gevent
 import requests
 from requests.structures import CaseInsensitiveDict
 
 from gateway.errors import BadGateway, UpstreamTimeout
 from gateway.lmstudio.adapter import LMStudioAdapter
-from gateway.lmstudio.exchange import ConnectionBroken, Exchange, Silence
+from gateway.lmstudio.exchange import ConnectionBroken, Exchange, ReadTimeout
 from gateway.settings import Settings
 
 
 class Upstream:
-    """The HTTP client of one worker."""
+    """The HTTP client of one worker, with its pool of connections."""
 
     def __init__(self, settings: Settings) -> None:
         self.base_url = settings.lmstudio_base_url
-        #: ``host:port`` as it goes into ``Host``.
+        #: ``host:port``, for the ``Host`` header.
         self.authority = urlsplit(self.base_url).netloc
         self.authorization = (
             f"Bearer {settings.lmstudio_api_token}" if settings.lmstudio_api_token else None
         )
         self.adapter = LMStudioAdapter(self.base_url)
         self.session = requests.Session()
-        self.session.trust_env = False  # no proxies, no .netrc from the environment
+        self.session.trust_env = False  # LM Studio is local: no proxies, no .netrc
         self.session.mount(self.base_url, self.adapter)
 
     def send(
@@ -38,7 +38,10 @@ class Upstream:
         headers: dict[str, str],
         body: bytes | Iterator[bytes] | None,
     ) -> Exchange:
-        """Send a request for ``target`` (path and query as they go on the wire)."""
+        """Send a request; ``target`` is the path and query exactly as they are sent.
+
+        Raises Unreachable or ConnectionBroken; see :meth:`.LMStudioAdapter.send`.
+        """
         request = requests.PreparedRequest()
         request.method = method
         request.url = target
@@ -47,16 +50,16 @@ class Upstream:
         return self.adapter.send(request, stream=True)
 
     def greet(self, timeout: float) -> None:
-        """Ask LM Studio for a sign of life within ``timeout`` s; raises a GatewayError."""
+        """Check that LM Studio responds within ``timeout`` seconds; raises a GatewayError."""
         try:
-            with gevent.Timeout(timeout, Silence()):
+            with gevent.Timeout(timeout, ReadTimeout()):
                 headers = {"Host": self.authority, "Connection": "close"}
                 exchange = self.send("GET", "/lmstudio-greeting", headers, None)
                 try:
                     exchange.wait_head(timeout)
                 finally:
                     exchange.close()
-        except Silence:
+        except ReadTimeout:
             raise UpstreamTimeout(f"LM Studio did not answer within {timeout:g} s.") from None
         except ConnectionBroken as fault:
             raise BadGateway(f"LM Studio closed the connection: {fault}.") from None

@@ -1,8 +1,8 @@
-"""HTTP/1.1 answers as they come off a socket: head parsing and body framing (RFC 9112).
+"""Parses HTTP/1.1 responses: heads and the framing of bodies (RFC 9112).
 
-Incremental and strict: bytes go in as they arrive, payload comes out at once, whatever a server
-should not send raises :class:`Malformed`. Reading the relay's side of HTTP here, one item per
-arrival, is what keeps streams as prompt as the wire (see README.rst, Speed).
+The parser is incremental and strict. Bytes go in as they arrive and their payload comes out at
+once, and anything that a server must not send raises :class:`Malformed`. A parser of our own, which
+never waits for a whole chunk, is what lets streams pass without delay (see README.rst, Speed).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ MAX_HEAD_BYTES = 256 * 1024
 MAX_CHUNK_LINE_BYTES = 4096
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-#: Of requests and answers alike (RFC 9110 §5.6.2, §5.5).
+#: Header names and lines, of requests and responses (RFC 9110, sections 5.6.2 and 5.5).
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 
 
 class Malformed(Exception):
-    """The peer does not speak HTTP/1.1 properly."""
+    """The peer's bytes are not valid HTTP/1.1."""
 
 
 @dataclass
 class Head:
-    """Status and headers of an answer, names as they came."""
+    """Status and headers of a response; names keep their case."""
 
     status: int
     reason: str
@@ -35,7 +35,7 @@ class Head:
     http10: bool
 
     def get(self, name: str) -> str | None:
-        """The values of a header joined with commas, or None."""
+        """Return the values of a header (its name in lower case) joined with commas, or None."""
         found = [value for header, value in self.headers if header.lower() == name]
         return ", ".join(found) if found else None
 
@@ -47,7 +47,7 @@ class Head:
 
 
 def parse_head(block: bytes) -> Head:
-    """Parse a head, given without its empty line."""
+    """Parse a head, given without the empty line that ends it. Raises Malformed."""
     first, *lines = block.replace(b"\r\n", b"\n").split(b"\n")
     match = _STATUS_LINE.fullmatch(first)
     if match is None:
@@ -59,7 +59,7 @@ def parse_head(block: bytes) -> Head:
 
 @lru_cache(maxsize=1024)
 def _header(line: bytes) -> tuple[str, str]:
-    """Name and value of a header line; a server repeats most of them in every answer."""
+    # cached, because a server repeats most lines in every response
     header = HEADER_LINE.fullmatch(line)
     if header is None:
         raise Malformed("bad header line")
@@ -67,23 +67,25 @@ def _header(line: bytes) -> tuple[str, str]:
 
 
 class Body:
-    """The framing of one body. ``feed`` gives the payload bytes of an arrival, perhaps none."""
+    """The framing of one body. ``feed`` returns the payload in an arrival, perhaps none of it."""
 
-    #: Whether the last payload byte has come out.
+    #: Whether the body is complete.
     done = False
-    #: Whether bytes came behind the end: they are dropped, and the connection can't be used again.
+    #: Whether bytes followed the end. They are dropped, and the connection can't be used again.
     excess = False
 
     def feed(self, data: bytes) -> bytes:
         raise NotImplementedError
 
     def end(self) -> None:
-        """The peer closed the connection; raises Malformed unless that ends this body."""
+        """Note that the peer closed the connection; raises Malformed if the body is incomplete."""
         if not self.done:
             raise Malformed("the connection closed in the middle of the body")
 
 
 class NoBody(Body):
+    """The absent body of a response to HEAD, or of a 204 or 304."""
+
     done = True
 
     def feed(self, data: bytes) -> bytes:
@@ -92,7 +94,7 @@ class NoBody(Body):
 
 
 class UntilClose(Body):
-    """A body without a length ends with the connection."""
+    """A body without a length, which ends with the connection."""
 
     def feed(self, data: bytes) -> bytes:
         return data
@@ -101,7 +103,7 @@ class UntilClose(Body):
         self.done = True
 
 
-class Counted(Body):
+class Sized(Body):
     """A body with a Content-Length."""
 
     def __init__(self, length: int) -> None:
@@ -118,12 +120,12 @@ class Counted(Body):
 
 
 class Chunked(Body):
-    """``Transfer-Encoding: chunked``. Partial chunks are passed on, never collected."""
+    """A body with ``Transfer-Encoding: chunked``. Partial chunks are passed on at once."""
 
     def __init__(self) -> None:
-        self._left = 0  # payload bytes missing from the current chunk
-        self._rest = b""  # the beginning of a line whose end has not come yet
-        self._after_data = False  # the next line is the empty one behind a chunk
+        self._left = 0  # bytes of the current chunk that have not arrived
+        self._rest = b""  # an incomplete line
+        self._after_data = False  # the next line is the empty one after a chunk
         self._in_trailer = False
 
     def feed(self, data: bytes) -> bytes:
@@ -146,7 +148,7 @@ class Chunked(Body):
             if newline < 0:
                 self._keep(data[position:])
                 break
-            self._line(data[position:newline].removesuffix(b"\r"))
+            self._read_line(data[position:newline].removesuffix(b"\r"))
             position = newline + 1
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
@@ -155,13 +157,13 @@ class Chunked(Body):
             raise Malformed("bad chunk line")
         self._rest = rest
 
-    def _line(self, line: bytes) -> None:
+    def _read_line(self, line: bytes) -> None:
         if self._after_data:
             if line:
-                raise Malformed("bad end of a chunk")
+                raise Malformed("bad end of chunk")
             self._after_data = False
         elif self._in_trailer:
-            # trailers are hop-by-hop here: nobody asked for them
+            # dropped: no client was promised trailers
             self.done = not line
         else:
             size = _CHUNK_SIZE.fullmatch(line)
@@ -172,7 +174,7 @@ class Chunked(Body):
 
 
 def body_of(head: Head, method: str) -> Body:
-    """The framing of an answer's body (RFC 9112 §6.3)."""
+    """Return the framing of a response's body (RFC 9112, section 6.3). Raises Malformed."""
     if method == "HEAD" or head.status in (204, 304):
         return NoBody()
     encoding = head.get("transfer-encoding")
@@ -186,4 +188,4 @@ def body_of(head: Head, method: str) -> Body:
     length = lengths.pop()
     if lengths or not re.fullmatch(r"[0-9]{1,18}", length):
         raise Malformed("bad Content-Length")
-    return Counted(int(length))
+    return Sized(int(length))

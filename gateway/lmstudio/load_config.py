@@ -1,10 +1,9 @@
-"""``loadConfig`` fields ↔ LM Studio's KV load configuration.
+"""Converts ``loadConfig`` to LM Studio's KV fields, and back.
 
 LM Studio takes a load configuration as a list of ``{"key", "value"}`` fields. The keys are those of
-the SDK's ``_kv_config.py`` (lmstudio 1.5.0), which follows lmstudio-js' ``kv-config/schema.ts``;
-``llm.load.llama.cpuThreadPoolSize`` and the last rows of the table are known to LM Studio's server
-only, no Python SDK sends them, which is why the fields are built here and not by the SDK (it drops
-what it does not know without a word).
+the SDK's ``_kv_config.py`` (lmstudio 1.5.0), which follows ``kv-config/schema.ts`` of lmstudio-js.
+Only LM Studio's server knows ``llm.load.llama.cpuThreadPoolSize`` and the keys of the last rows of
+the table. The Python SDK silently drops what it does not know, so the fields are built here.
 """
 
 from __future__ import annotations
@@ -26,22 +25,23 @@ GPU_SPLIT_FIELDS = ("mainGpu", "splitStrategy", "disabledGpus")
 class _Field:
     """One plain field: its name in ``loadConfig`` and the end of its KV key.
 
-    ``checkbox`` fields travel as ``{"checked": bool, "value": …}``; a bare value is silently
-    ignored by LM Studio. ``embedding`` tells whether embedding models have the field too.
+    A ``checkbox`` field is sent as ``{"checked": bool, "value": …}``; LM Studio silently ignores a
+    bare value. ``embedding`` says whether embedding models have the field too.
     """
 
     name: str
     key: str
     checkbox: bool = False
     embedding: bool = False
-    #: What an unchecked checkbox means in ``loadConfig``; None: as if it were not there.
+    #: The value in ``loadConfig`` for an unchecked checkbox; None leaves the field out.
     unchecked: Any = None
 
     def full_key(self, model_type: str) -> str:
+        """Return the KV key for ``llm`` or ``embedding`` models."""
         return self.key if self.key.startswith("load.") else f"{model_type}.load.{self.key}"
 
 
-#: Every plain field of ``loadConfig``; ``gpu`` is composed and handled apart.
+#: Every field of ``loadConfig`` that maps to one KV field; ``gpu`` does not and is handled apart.
 FIELDS: tuple[_Field, ...] = (
     _Field("contextLength", "contextLength", embedding=True),
     _Field("cpuThreads", "llama.cpuThreadPoolSize"),
@@ -75,10 +75,10 @@ FIELDS: tuple[_Field, ...] = (
 
 
 def to_kv(config: dict[str, Any], model_type: str) -> tuple[list[KvField], list[str]]:
-    """A validated ``loadConfig`` as KV fields for ``model_type`` (``llm`` or ``embedding``).
+    """Convert a validated ``loadConfig`` to KV fields for ``model_type`` (``llm``, ``embedding``).
 
     Also returns a warning for each field that this type of model does not have. Raises BadRequest
-    where a value cannot be expressed at all (``gpu.layers`` alone).
+    for a value that KV fields can't express (``gpu.layers`` without ``gpu.ratio``).
     """
     fields: list[KvField] = []
     warnings: list[str] = []
@@ -97,7 +97,7 @@ def to_kv(config: dict[str, Any], model_type: str) -> tuple[list[KvField], list[
 
 
 def from_kv(fields: Iterable[KvField]) -> dict[str, Any]:
-    """LM Studio's KV fields as a ``loadConfig`` with plain values; unknown keys are left out."""
+    """Convert LM Studio's KV fields to a ``loadConfig`` with plain values, without unknown keys."""
     by_key = {field.get("key"): field.get("value") for field in fields}
     applied: dict[str, Any] = {}
     for field in FIELDS:
@@ -116,14 +116,14 @@ def from_kv(fields: Iterable[KvField]) -> dict[str, Any]:
     return applied
 
 
-def differences(wanted: dict[str, Any], applied: dict[str, Any]) -> list[str]:
-    """A warning for each wanted field that LM Studio does not report as applied."""
-    # an unchecked box may be reported by not being there
+def differences(requested: dict[str, Any], applied: dict[str, Any]) -> list[str]:
+    """Return a warning for each requested field that LM Studio does not report as applied."""
+    # LM Studio may report an unchecked checkbox by leaving it out
     boxes = {field.name for field in FIELDS if field.unchecked is False}
     unchecked = {name for name in boxes if applied.get(name) is None}
     return [
         f"{path}: sent {value!r}, but LM Studio {_reported(path, applied)}"
-        for path, value in _flatten(_as_sent(wanted))
+        for path, value in _flatten(_as_sent(requested))
         if not _same(value, _lookup(path, applied) if path not in unchecked else False)
     ]
 
@@ -135,15 +135,15 @@ def _gpu_to_kv(gpu: dict[str, Any], model_type: str) -> tuple[list[KvField], lis
     if "layers" in gpu:
         if ratio is not None:
             warnings.append(
-                "gpu.layers: LM Studio's load protocol has no layer count; gpu.ratio was applied"
+                "gpu.layers: LM Studio's load protocol has no layer count; gpu.ratio was sent"
             )
         elif gpu["layers"] == 0:
             ratio = 0
         else:
-            why = "LM Studio's load protocol takes a ratio only, not a layer count; give gpu.ratio"
+            message = "LM Studio's load protocol has no layer count; give gpu.ratio instead"
             raise BadRequest(
                 "Validation failed",
-                details=[{"path": ["loadConfig", "gpu", "layers"], "message": why}],
+                details=[{"path": ["loadConfig", "gpu", "layers"], "message": message}],
             )
     if ratio is not None:
         fields.append({"key": f"{model_type}.load.{GPU_RATIO}", "value": ratio})
@@ -155,9 +155,10 @@ def _gpu_to_kv(gpu: dict[str, Any], model_type: str) -> tuple[list[KvField], lis
 
 
 def _split_config(gpu: dict[str, Any]) -> dict[str, Any]:
-    """LM Studio's form of the three split fields; a main GPU alone means that it is favoured."""
-    favour = gpu.get("splitStrategy", "favorMainGpu" if "mainGpu" in gpu else "evenly")
-    prioritised = favour == "favorMainGpu"
+    """Combine the three split fields into LM Studio's one. A main GPU alone means that LM Studio
+    should favour it."""
+    strategy = gpu.get("splitStrategy", "favorMainGpu" if "mainGpu" in gpu else "evenly")
+    prioritised = strategy == "favorMainGpu"
     return {
         "strategy": "priorityOrder" if prioritised else "evenly",
         "disabledGpus": list(gpu.get("disabledGpus") or []),
@@ -185,14 +186,16 @@ def _gpu_from_kv(by_key: dict[Any, Any]) -> dict[str, Any]:
     return gpu
 
 
-def _as_sent(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The wanted fields without those about which a warning has been given already."""
-    gpu = dict(wanted.get("gpu") or {})
+def _as_sent(requested: dict[str, Any]) -> dict[str, Any]:
+    """Return the requested fields without those that :func:`to_kv` has warned about."""
+    gpu = dict(requested.get("gpu") or {})
     if gpu.pop("layers", None) == 0:
         gpu.setdefault("ratio", 0)
     if gpu.get("splitStrategy") == "evenly":
         gpu.pop("mainGpu", None)
-    return {**wanted, "gpu": gpu} if gpu else {k: v for k, v in wanted.items() if k != "gpu"}
+    if gpu:
+        return {**requested, "gpu": gpu}
+    return {name: value for name, value in requested.items() if name != "gpu"}
 
 
 def _flatten(config: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -212,7 +215,7 @@ def _lookup(path: str, config: dict[str, Any]) -> Any:
 
 
 def _same(sent: Any, reported: Any) -> bool:
-    # "off" and "max" are LM Studio's words for the ends of the ratio; it reports either form
+    # LM Studio reports the ends of the ratio as numbers or as "off" and "max"
     ends = {"off": 0, "max": 1}
     plain = [ends.get(v, v) if isinstance(v, str) else v for v in (sent, reported)]
     return bool(plain[0] == plain[1])

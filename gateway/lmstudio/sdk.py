@@ -1,7 +1,8 @@
-"""What the official SDK (``lmstudio`` 1.5.0) lacks: an API token, TLS, a quiet log, cancelling.
+"""Adds to the official SDK (``lmstudio`` 1.5.0) what it lacks: API tokens, TLS, a quiet log,
+cancelling.
 
-Private names of the SDK are used here and in :mod:`.link` and nowhere else;
-``tests/unit/lmstudio/test_sdk_contract.py`` fails when they move.
+Only this module, :mod:`.sessions` and :mod:`.link` use private names of the SDK;
+``tests/unit/lmstudio/test_sdk_contract.py`` fails when a release moves them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lmstudio.sync_api import SyncLMStudioWebsocket
 from gateway.errors import BadGateway, Unreachable
 
 _API_TOKEN = re.compile(r"sk-lm-([A-Za-z0-9]{8}):([A-Za-z0-9]{20})")
-#: Loggers of the SDK and its WebSocket library; the SDK's carry bare class names (1.5.0).
+#: The loggers of the SDK, named after its classes, and of its WebSocket library.
 NOISY_LOGGERS = (
     "AsyncWebsocketHandler",
     "AsyncWebsocketThread",
@@ -36,11 +37,14 @@ NOISY_LOGGERS = (
 
 
 class LinkLost(Unreachable):
-    """The socket died under a call; the next call connects anew."""
+    """The connection was lost during a call. The next call connects again."""
 
 
 class ServerRefused(Exception):
-    """LM Studio answered with an error. ``code`` is ``displayData.code`` or empty."""
+    """LM Studio responded to a call with an error.
+
+    ``code`` is the error's ``displayData.code``, or empty.
+    """
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -56,16 +60,17 @@ class TokenClient(lmstudio.Client):
     def _create_auth_message(self) -> Any:
         match = _API_TOKEN.fullmatch(self.api_token)
         if match:
-            # identifier and passkey are the token's two halves; there is no header
+            # the protocol has no header for the token: its halves are identifier and passkey
             return self._format_auth_message(*match.groups())
         return self._format_auth_message(f"guest:{os.urandom(9).hex()}")
 
 
 class GuardedWebsocket(SyncLMStudioWebsocket):
-    """The SDK's socket, which here can be given up while it still connects and says why it failed.
+    """The SDK's WebSocket, which can be abandoned while it connects and reports why it failed.
 
-    The SDK's own ``connect`` keeps no handle of a connecting socket (an LM Studio that accepts and
-    then stays silent would cost a socket for each attempt) and cannot parse a refusal's text.
+    The SDK's own ``connect`` keeps no reference to a connecting socket, so that an LM Studio that
+    accepts and then sends nothing would leak one with each attempt. It also fails to parse the
+    message of a rejected authentication.
     """
 
     def connect(self) -> Any:
@@ -99,35 +104,38 @@ class PlainParameter:
 
 
 def ignore_proxies() -> None:
-    """LM Studio is on the LAN: HTTP(S)_PROXY and ALL_PROXY must not divert the SDK's socket."""
+    """Keep HTTP(S)_PROXY and ALL_PROXY from diverting the SDK's socket: LM Studio is on the LAN."""
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 
 
-def select_on_windows() -> None:
-    """The SDK's loop runs in a greenlet: the default one of Windows (IOCP) would block all others,
-    the one with select() is gevent's to schedule, as on other systems."""
+def use_selector_loop() -> None:
+    """Make the SDK's asyncio loop cooperate with gevent on Windows.
+
+    The loop runs in a greenlet. The default one of Windows (IOCP) would block all others; gevent
+    has patched the select() of this one.
+    """
     if sys.platform == "win32":
         asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
 
 
-def quieten_sdk() -> None:
-    """Keep the SDK's own chatter out of the gateway's log; its errors reach us as exceptions."""
+def silence_sdk() -> None:
+    """Keep the SDK's messages out of the gateway's log; its errors are raised as exceptions too."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def cancel_load(session: Any, endpoint: Any, channel: Any) -> None:
-    # A timeout or a killed greenlet does not stop the load in LM Studio; this does.
+    """Cancel a load in LM Studio, which would go on after a timeout or a killed greenlet."""
     if not endpoint.is_finished and session._lmsws is not None:
         with suppress(Exception):
             channel.cancel()
 
 
-def refusal_words(error: lmstudio.LMStudioServerError) -> tuple[str, str]:
-    """LM Studio's own words (title, cause, suggestion in one line) and its code."""
+def refusal(error: lmstudio.LMStudioServerError) -> ServerRefused:
+    """Convert an error of the SDK; the message is LM Studio's title, cause and suggestion."""
     raw: Any = error._raw_error or {}
     title = raw.get("title") or raw.get("rootTitle") or str(error)
-    words = [str(part).strip() for part in (title, raw.get("cause"), raw.get("suggestion")) if part]
+    parts = [str(part).strip() for part in (title, raw.get("cause"), raw.get("suggestion")) if part]
     display = raw.get("displayData")
     code = display.get("code", "") if isinstance(display, dict) else ""
-    return " ".join(words), str(code)
+    return ServerRefused(" ".join(parts), str(code))

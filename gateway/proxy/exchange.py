@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway import errors
 from gateway.errors import BadGateway, GatewayError, Headers, UpstreamTimeout
-from gateway.lmstudio import ConnectionBroken, Exchange, Silence, Upstream
+from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout, Upstream
 from gateway.observe import Record, Reporter
 from gateway.proxy import injection, relay, repair
 from gateway.proxy.usage import Tap
@@ -169,7 +169,7 @@ class Proxy:
         deadline = None if self._timeout is None else record.started + self._timeout
         try:
             head = exchange.wait_head(self._patience(record, deadline))
-        except Silence:
+        except ReadTimeout:
             if not record.stream or (self._silence or HEARTBEAT + 1) <= HEARTBEAT:
                 raise UpstreamTimeout("LM Studio did not answer in time.") from None
             record.status = 200
@@ -200,7 +200,7 @@ def _first_piece(exchange: Exchange, deadline: float | None, spoken: str) -> byt
         return b""
     try:
         first = exchange.receive(relay.remaining(deadline))
-    except Silence:
+    except ReadTimeout:
         raise UpstreamTimeout("LM Studio did not answer in time.") from None
     status = exchange.head.status
     encoding = exchange.head.get("content-encoding")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from gateway import sse
 from gateway.errors import BadGateway, GatewayError, UpstreamTimeout, payload
-from gateway.lmstudio import ConnectionBroken, Exchange, Silence
+from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout
 from gateway.observe import Record
 from gateway.proxy.repair import MAX_ERROR_BYTES, as_error
 from gateway.proxy.usage import Tap, usages
@@ -81,7 +81,7 @@ def plain(
                 break
             tail = (tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
             yield data
-    except Silence:
+    except ReadTimeout:
         record.fail("LM Studio did not finish its answer within PROXY_TIMEOUT.")
         raise Cut("PROXY_TIMEOUT passed") from None
     except ConnectionBroken as fault:
@@ -168,7 +168,7 @@ def collect(exchange: Exchange, timeout: float | None, limit: int = MAX_ERROR_BY
     while size < limit:
         try:
             data = exchange.receive(timeout)
-        except Silence:
+        except ReadTimeout:
             raise UpstreamTimeout("LM Studio did not finish its answer.") from None
         if not data:
             break
@@ -189,7 +189,7 @@ def _arrivals(exchange: Exchange, tap: Tap, silence: float | None) -> Iterator[b
     while True:
         try:
             data = exchange.receive(pause)
-        except Silence:
+        except ReadTimeout:
             quiet += pause
             if silence is not None and quiet >= silence:
                 raise UpstreamTimeout("LM Studio was silent for PROXY_STREAM_TIMEOUT.") from None
@@ -216,6 +216,6 @@ def _await_head(exchange: Exchange, silence: float | None) -> Iterator[None]:
         try:
             exchange.wait_head(pause)
             return
-        except Silence:
+        except ReadTimeout:
             quiet += pause
             yield

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from gateway.lmstudio.http1 import (
     Body,
     Chunked,
-    Counted,
     Head,
     Malformed,
     NoBody,
+    Sized,
     UntilClose,
     body_of,
     parse_head,
@@ -130,7 +130,7 @@ def test_part_of_a_chunk_is_passed_on_at_once() -> None:
 def test_a_counted_body_ends_after_its_length(
     payload: bytes, behind: bytes, cuts: list[int]
 ) -> None:
-    body = Counted(len(payload))
+    body = Sized(len(payload))
     assert fed(body, arrivals(payload + behind, cuts)) == payload
     assert body.done
     assert body.excess is bool(behind)
@@ -138,7 +138,7 @@ def test_a_counted_body_ends_after_its_length(
 
 
 def test_a_counted_body_that_breaks_off_is_told() -> None:
-    body = Counted(5)
+    body = Sized(5)
     assert body.feed(b"four") == b"four"
     with pytest.raises(Malformed):
         body.end()
@@ -160,8 +160,8 @@ def test_a_body_without_length_ends_with_the_connection(payload: bytes, cuts: li
     ("headers", "kind"),
     [
         ([], UntilClose),
-        ([("Content-Length", "5")], Counted),
-        ([("content-length", "5"), ("CONTENT-LENGTH", "5")], Counted),
+        ([("Content-Length", "5")], Sized),
+        ([("content-length", "5"), ("CONTENT-LENGTH", "5")], Sized),
         ([("Transfer-Encoding", "Chunked")], Chunked),
         ([("Transfer-Encoding", "chunked"), ("Content-Length", "5")], Chunked),
     ],
