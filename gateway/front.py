@@ -15,7 +15,7 @@ from typing import Any
 from gateway import errors
 from gateway.errors import GatewayError, Headers, NotFound
 from gateway.observe import AccessLog, Metrics, milliseconds
-from gateway.proxy import RECORDED, TABLE, Proxy
+from gateway.proxy import ENDPOINTS, RECORDED, Proxy
 from gateway.request import CLIENT, REQUEST_ID, Access, bodies, name_request
 
 Environ = dict[str, Any]
@@ -25,7 +25,7 @@ WsgiApp = Callable[[Environ, Any], Iterable[bytes]]
 #: Where the time of a request's arrival (time.monotonic()) is kept in the environ.
 ARRIVED = "gateway.arrived"
 #: The paths with an injection rule and their shorthands: those that applications call all day.
-HOT_PATHS = frozenset({*TABLE, *(path.removeprefix("/v1") for path in TABLE)})
+HOT_PATHS = frozenset({*ENDPOINTS, *(path.removeprefix("/v1") for path in ENDPOINTS)})
 
 logger = logging.getLogger(__name__)
 

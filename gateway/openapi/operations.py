@@ -7,7 +7,7 @@ import re
 from gateway.errors import dialect
 from gateway.observe import TYPES
 from gateway.openapi.shapes import Json
-from gateway.proxy import TABLE, Endpoint
+from gateway.proxy import ENDPOINTS, Endpoint
 from gateway.request import DASHBOARD_PATHS, HEALTH_PATHS, is_admin_path
 
 _ANY_KEY: list[Json] = [{"bearer": []}, {"apiKey": []}]
@@ -169,7 +169,7 @@ def _security(path: str) -> list[Json]:
 
 def _relayed(method: str, path: str, summary: str) -> Json:
     """An operation that LM Studio answers."""
-    endpoint = TABLE.get("/v1" + path.removeprefix("/v1"))
+    endpoint = ENDPOINTS.get("/v1" + path.removeprefix("/v1"))
     content = _ANYTHING
     besides: Json = {}
     if endpoint is not None:

@@ -1,15 +1,15 @@
-"""The inference proxy: the story of one exchange, from the client's bytes to the last one back.
+"""The inference proxy: relays a request to LM Studio and the response to the client.
 
-:mod:`.exchange` tells the story and is the file to read first. On the way out, :mod:`.injection`
-adds what the client left out, spliced in by :mod:`.members`; on the way back, :mod:`.relay` passes
-on what arrives, :mod:`.usage` counts its tokens and :mod:`.repair` puts LM Studio's errors right.
-:mod:`.views` is the blueprint.
+:mod:`.exchange` follows one request from start to end and is the file to read first. On the way
+out, :mod:`.injection` adds the fields that the client left out, and :mod:`.members` splices them
+into the body. On the way back, :mod:`.relay` passes on the bytes as they arrive, :mod:`.usage`
+counts tokens and :mod:`.repair` rewrites LM Studio's errors. :mod:`.views` is the blueprint.
 
 This package must not know how models are managed or how events are stored.
 """
 
 from gateway.proxy.exchange import RECORDED, Proxy
-from gateway.proxy.injection import TABLE, Endpoint
+from gateway.proxy.injection import ENDPOINTS, Endpoint
 from gateway.proxy.views import blueprint
 
-__all__ = ["RECORDED", "TABLE", "Endpoint", "Proxy", "blueprint"]
+__all__ = ["ENDPOINTS", "RECORDED", "Endpoint", "Proxy", "blueprint"]

@@ -1,7 +1,8 @@
-"""The inference proxy: the story of one exchange.
+"""One exchange, from the client's request to the body of its response.
 
-``/v1/*``, the shorthand paths and ``/api/*``: authorised elsewhere, here resolved, injected, sent,
-relayed. :meth:`Proxy.exchange` works on the WSGI environ and is all that the blueprint calls.
+Serves ``/v1/*``, the shorthand paths and ``/api/*`` once access has been granted: resolves the
+target, injects, sends, and starts to relay. :meth:`Proxy.exchange` works on the WSGI environ, so
+that the busiest paths need no Flask.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway import errors
+from gateway.clock import remaining
 from gateway.errors import BadGateway, GatewayError, Headers, UpstreamTimeout
 from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout, Upstream
 from gateway.observe import Record, Reporter
@@ -33,16 +35,16 @@ from gateway.state import SharedStore
 
 Environ = dict[str, Any]
 
-#: Set in the environ of a request that the access log tells as an exchange.
+#: Set in the environ of a request that the access log records as an exchange.
 RECORDED = "gateway.recorded"
-#: Exchanges that one worker runs at a time; well below its connections, so that /health and /admin
-#: still get theirs.
+#: Exchanges that one worker runs at a time; well below its limit of connections, so that /health
+#: and /admin still get theirs.
 MAX_EXCHANGES = 2048
 
 
 @dataclass
-class Answer:
-    """What goes back: complete but for ``X-Request-Id`` and CORS."""
+class ProxyResponse:
+    """The client's response, complete but for ``X-Request-Id`` and CORS headers."""
 
     status: str
     headers: Headers
@@ -50,8 +52,8 @@ class Answer:
 
 
 class Overloaded(GatewayError):
-    """This worker runs as many exchanges as it takes. Nothing waits in it: the bound on waiting
-    requests is the listening socket's backlog."""
+    """The worker is at its limit of exchanges. A worker queues nothing: the backlog of the
+    listening socket bounds how many requests wait."""
 
     status, code = 503, "overloaded"
     headers = [("Retry-After", "1")]
@@ -66,18 +68,18 @@ class Proxy:
         access: Access,
         store: SharedStore,
         upstream: Upstream,
-        accounts: Reporter,
+        reporter: Reporter,
     ) -> None:
         self._access = access
         self._store = store
         self._upstream = upstream
-        self._accounts = accounts
+        self._reporter = reporter
         self._max_body_bytes = settings.max_body_bytes
         self._timeout = settings.proxy_timeout
-        self._silence = settings.proxy_stream_timeout
-        self._running: set[Exchange] = set()
+        self._stream_timeout = settings.proxy_stream_timeout
+        self._in_flight: set[Exchange] = set()
 
-    def exchange(self, environ: Environ) -> Answer:
+    def exchange(self, environ: Environ) -> ProxyResponse:
         """Serve one request; raises a GatewayError when LM Studio gives nothing to relay."""
         path, target = upstream_target(environ)
         record = Record(
@@ -87,25 +89,28 @@ class Proxy:
             path=path,
         )
         try:
-            body, usage_added = self._prepare(environ, record)
-            exchange = self._send(environ, target, body, usage_added)
+            body, added_usage = self._prepare(environ, record)
+            exchange = self._send(environ, target, body, added_usage)
             record.upstream_sent = time.monotonic()
-            return self._answer(environ, exchange, Tap(remove=usage_added), record)
+            return self._respond(environ, exchange, Tap(remove_usage=added_usage), record)
         except Exception as error:
             record.status = error.status if isinstance(error, GatewayError) else 500
             record.fail(str(error))
             record.finish(cancelled=isinstance(error, ClientGone))
             raise
 
-    def cut_all(self) -> None:
-        """End what still runs: the worker's grace period is over."""
-        for exchange in list(self._running):
+    def abort_all(self) -> None:
+        """Abort every exchange in flight, when the worker's grace period is over."""
+        for exchange in list(self._in_flight):
             exchange.abort("The gateway is shutting down.")
 
     def _prepare(self, environ: Environ, record: Record) -> tuple[bodies.Body, bool]:
-        """The body that goes upstream, injected where the table says so, and whether the stream's
-        usage was asked for by us. Tells that the exchange begins, whatever comes of it."""
-        endpoint = injection.TABLE.get(record.path) if record.method == "POST" else None
+        """Return the body to send upstream, with injected fields where the endpoint has any, and
+        whether the gateway added the request for the stream's usage.
+
+        Records the start of the exchange, even when the body is rejected.
+        """
+        endpoint = injection.ENDPOINTS.get(record.path) if record.method == "POST" else None
         try:
             if endpoint is None or environ.get("HTTP_CONTENT_ENCODING"):
                 return bodies.stream_body(environ, self._max_body_bytes), False
@@ -118,38 +123,42 @@ class Proxy:
         finally:
             if not record.path.startswith("/api/"):
                 environ[RECORDED] = True
-                self._accounts.begin(record)
+                self._reporter.begin(record)
 
     def _send(
-        self, environ: Environ, target: str, body: bodies.Body, usage_added: bool
+        self, environ: Environ, target: str, body: bodies.Body, added_usage: bool
     ) -> Exchange:
-        """Send the request to LM Studio, whose answer comes later."""
-        if len(self._running) >= MAX_EXCHANGES:
+        """Send the request to LM Studio without waiting for its response."""
+        if len(self._in_flight) >= MAX_EXCHANGES:
             raise Overloaded("The gateway is busy with other requests; try again.")
-        told = headers.to_upstream(
+        request_headers = headers.to_upstream(
             environ,
             body,
             self._upstream.authority,
             self._upstream.authorization,
             trusted=self._access.trusts_peer(environ),
         )
-        told["X-Request-Id"] = environ[REQUEST_ID]
-        if usage_added:
-            told["Accept-Encoding"] = "identity"  # the usage chunk must be found in the bytes
+        request_headers["X-Request-Id"] = environ[REQUEST_ID]
+        if added_usage:
+            # a compressed stream would hide the usage chunk that has to be removed
+            request_headers["Accept-Encoding"] = "identity"
+        method = environ["REQUEST_METHOD"]
         try:
-            exchange = self._upstream.send(environ["REQUEST_METHOD"], target, told, body)
+            exchange = self._upstream.send(method, target, request_headers, body)
         except ConnectionBroken as fault:
-            raise _broken(fault) from None
-        self._running.add(exchange)
-        exchange.on_close = self._running.discard
+            raise _bad_gateway(fault) from None
+        self._in_flight.add(exchange)
+        exchange.on_close = self._in_flight.discard
         return exchange
 
-    def _answer(self, environ: Environ, exchange: Exchange, tap: Tap, record: Record) -> Answer:
-        """Wait for the answer while the client is watched; a client that leaves ends it."""
+    def _respond(
+        self, environ: Environ, exchange: Exchange, tap: Tap, record: Record
+    ) -> ProxyResponse:
+        """Wait for the response; abort the exchange if the client disconnects meanwhile."""
         watch = cancellation.watch(environ, exchange.abort)
         try:
-            spoken = errors.dialect(environ["PATH_INFO"])
-            status, told, pieces = self._relay(exchange, tap, record, spoken)
+            dialect = errors.dialect(environ["PATH_INFO"])
+            status, response_headers, pieces = self._relay(exchange, tap, record, dialect)
         except BaseException as fault:
             if watch is not None:
                 watch.stop()
@@ -158,66 +167,76 @@ class Proxy:
                 raise ClientGone("The client closed the connection.") from None
             if isinstance(fault, ConnectionBroken):
                 reason = exchange.abort_reason
-                raise (Overloaded(reason) if reason else _broken(fault)) from None
+                raise (Overloaded(reason) if reason else _bad_gateway(fault)) from None
             raise
-        return Answer(status, told, relay.Relay(pieces, exchange, watch, record))
+        body = relay.Relay(pieces, exchange, watch, record)
+        return ProxyResponse(status, response_headers, body)
 
     def _relay(
-        self, exchange: Exchange, tap: Tap, record: Record, spoken: str
+        self, exchange: Exchange, tap: Tap, record: Record, dialect: str
     ) -> tuple[str, Headers, Iterator[bytes]]:
-        """Wait for LM Studio's head and choose the way in which its answer is relayed."""
+        """Wait for LM Studio's head and choose how to relay what follows it.
+
+        Returns the client's status line, headers and body.
+        """
         deadline = None if self._timeout is None else record.started + self._timeout
         try:
-            head = exchange.wait_head(self._patience(record, deadline))
+            head = exchange.wait_head(self._head_timeout(record, deadline))
         except ReadTimeout:
-            if not record.stream or (self._silence or HEARTBEAT + 1) <= HEARTBEAT:
+            if not record.stream or (self._stream_timeout or HEARTBEAT + 1) <= HEARTBEAT:
                 raise UpstreamTimeout("LM Studio did not answer in time.") from None
             record.status = 200
-            told = headers.of_stream([("Content-Type", "text/event-stream; charset=utf-8")])
-            pieces = relay.late_stream(exchange, tap, self._silence, record, spoken)
-            return "200 OK", told, pieces
+            stream_headers = headers.of_stream(
+                [("Content-Type", "text/event-stream; charset=utf-8")]
+            )
+            pieces = relay.late_stream(exchange, tap, self._stream_timeout, record, dialect)
+            return "200 OK", stream_headers, pieces
         record.upstream_head = time.monotonic()
         record.status = head.status
-        told = headers.to_client(head.status, head.headers)
+        response_headers = headers.to_client(head.status, head.headers)
         if head.status < 400 and relay.is_event_stream(exchange) and record.method != "HEAD":
-            told = headers.of_stream(told)
-            pieces = relay.stream(exchange, tap, self._silence, record, spoken)
+            response_headers = headers.of_stream(response_headers)
+            pieces = relay.stream(exchange, tap, self._stream_timeout, record, dialect)
         else:
-            first = _first_piece(exchange, deadline, spoken)
+            first = _first_piece(exchange, deadline, dialect)
             pieces = relay.plain(exchange, first, deadline, record)
-        return f"{head.status} {head.reason}".rstrip(), told, pieces
+        return f"{head.status} {head.reason}".rstrip(), response_headers, pieces
 
-    def _patience(self, record: Record, deadline: float | None) -> float | None:
-        """Seconds to wait for the head before something must be done."""
+    def _head_timeout(self, record: Record, deadline: float | None) -> float | None:
+        """Seconds to wait for the head before the gateway responds by itself: with an error, or
+        with the first comment of a stream."""
         if not record.stream:
-            return relay.remaining(deadline)
-        return min(HEARTBEAT, self._silence or HEARTBEAT)
+            return remaining(deadline)
+        return min(HEARTBEAT, self._stream_timeout or HEARTBEAT)
 
 
-def _first_piece(exchange: Exchange, deadline: float | None, spoken: str) -> bytes:
-    """The beginning of a plain answer; raises the error that is hidden in it (§3)."""
+def _first_piece(exchange: Exchange, deadline: float | None, dialect: str) -> bytes:
+    """Read the beginning of a plain response.
+
+    Raises the error that an upstream error body holds, or that LM Studio put into a 200.
+    """
     if exchange.complete:
         return b""
     try:
-        first = exchange.receive(relay.remaining(deadline))
+        first = exchange.receive(remaining(deadline))
     except ReadTimeout:
         raise UpstreamTimeout("LM Studio did not answer in time.") from None
     status = exchange.head.status
     encoding = exchange.head.get("content-encoding")
     error = None
     if status >= 400:
-        first += relay.collect(exchange, relay.remaining(deadline))
-        error = repair.wrapped(status, first, encoding, spoken)
+        first += relay.collect(exchange, remaining(deadline))
+        error = repair.wrapped_error(status, first, encoding, dialect)
     elif status == 200:
         if encoding is None and repair.starts_like_error(first):
-            first += relay.collect(exchange, relay.remaining(deadline))
+            first += relay.collect(exchange, remaining(deadline))
         if exchange.complete and len(first) <= repair.MAX_ERROR_BYTES:
-            error = repair.hidden_error(first, encoding)
+            error = repair.embedded_error(first, encoding)
     if error is not None:
         error.headers = headers.with_error(exchange.head.headers, error)
         raise error
     return first
 
 
-def _broken(fault: ConnectionBroken) -> BadGateway:
-    return BadGateway(f"LM Studio broke the exchange off: {fault}.")
+def _bad_gateway(fault: ConnectionBroken) -> BadGateway:
+    return BadGateway(f"LM Studio broke off the exchange: {fault}.")

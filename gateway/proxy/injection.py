@@ -1,4 +1,7 @@
-"""The injection table of the contract (§4): what is added to a request that lacks it."""
+"""The injection table: which fields each endpoint's requests get when the client left them out.
+
+A field is added only if the body does not contain it; ``model`` also if it is null or empty.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from gateway.state import Active
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One row of the table: contract name of a default → member of the request body."""
+    """One row of the table."""
 
+    #: Name in ``defaultInference`` → member of the request body.
     members: dict[str, str]
-    #: Only an active embedding model may be injected.
+    #: Whether only an active embedding model may be injected.
     embeddings: bool = False
-    #: Whether the endpoint reports usage in a stream only when asked through ``stream_options``.
+    #: Whether streams report usage only if ``stream_options`` asks for it.
     usage_on_request: bool = False
 
 
@@ -32,8 +36,8 @@ _OPENAI = {
     "stream": "stream",
 }
 
-#: Paths behind ``/v1`` where a model and parameters are injected.
-TABLE: dict[str, Endpoint] = {
+#: The endpoints whose requests get a model and parameters, by path.
+ENDPOINTS: dict[str, Endpoint] = {
     "/v1/chat/completions": Endpoint(_OPENAI, usage_on_request=True),
     "/v1/completions": Endpoint(_OPENAI, usage_on_request=True),
     "/v1/responses": Endpoint(
@@ -57,8 +61,8 @@ TABLE: dict[str, Endpoint] = {
     "/v1/embeddings": Endpoint({}, embeddings=True),
 }
 
-#: A member that stands in for another one: with it, nothing is injected for the other.
-_INSTEAD = {"max_tokens": "max_completion_tokens"}
+#: Member → another name for it: nothing is injected where the client used the other name.
+_ALTERNATIVES = {"max_tokens": "max_completion_tokens"}
 
 NO_ACTIVE_MODEL = (
     "The request names no model and none is active. Name one, or activate one: "
@@ -68,11 +72,12 @@ NO_ACTIVE_MODEL = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A body that is ready to go upstream, and what the relay needs to know about it."""
+    """A body that is ready to be sent upstream, and what the relay needs to know about it."""
 
     body: bytes
-    #: The model as asked for by the client (None: none) and as it goes upstream.
+    #: The model that the client named; None if it named none.
     asked_model: str | None
+    #: The model that is sent upstream.
     model: str
     stream: bool
     #: Whether the gateway, not the client, asked for the stream's usage chunk.
@@ -80,17 +85,17 @@ class Prepared:
 
 
 def prepare(endpoint: Endpoint, body: bytes, active: Callable[[], Active | None]) -> Prepared:
-    """Inject into a JSON body what the client left out.
+    """Inject into a JSON body the fields that the client left out.
 
-    Raises BadRequest: ``invalid_json`` for what is not a JSON object in UTF-8, ``no_active_model``
-    where a model is needed and none can be injected.
+    Raises BadRequest: ``invalid_json`` if the body is not a JSON object in UTF-8,
+    ``no_active_model`` if it names no model and none can be injected.
     """
     members = Members(body)
-    asked = members.values.get("model")
+    requested = members.values.get("model")
     inject: dict[str, str] = {}
     current = active()
-    model = asked
-    if asked is None or asked == "":
+    model = requested
+    if requested is None or requested == "":
         if current is None or (endpoint.embeddings and current.model_type != "embedding"):
             raise BadRequest(NO_ACTIVE_MODEL, code="no_active_model", param="model")
         model = current.model
@@ -101,14 +106,14 @@ def prepare(endpoint: Endpoint, body: bytes, active: Callable[[], Active | None]
             if (
                 member
                 and member not in members.values
-                and _INSTEAD.get(member) not in members.values
+                and _ALTERNATIVES.get(member) not in members.values
             ):
                 inject[member] = text
     streams = members.values.get("stream") is True or inject.get("stream") == "true"
     added_usage = streams and endpoint.usage_on_request and _ask_for_usage(members, inject)
     return Prepared(
         members.with_injected(inject),
-        asked if isinstance(asked, str) else None,
+        requested if isinstance(requested, str) else None,
         model if isinstance(model, str) else "",
         streams,
         added_usage,
@@ -116,7 +121,7 @@ def prepare(endpoint: Endpoint, body: bytes, active: Callable[[], Active | None]
 
 
 def _ask_for_usage(members: Members, inject: dict[str, str]) -> bool:
-    """Ask LM Studio for the usage chunk if the client did not; returns whether it was added."""
+    """Add a request for the usage chunk unless the client asked for it; returns whether it did."""
     options = members.values.get("stream_options")
     if options is None:
         inject["stream_options"] = '{"include_usage":true}'

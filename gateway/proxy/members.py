@@ -1,7 +1,8 @@
-"""The members of a JSON object, read and replaced in place.
+"""Reads the members of a JSON object, and replaces or adds some in place.
 
-A body is never re-encoded: members are spliced into the client's own bytes, so that big integers,
-floats, escapes, duplicates and the order of everything else arrive as they were sent.
+A body is never decoded and encoded again. Members are spliced into the client's own bytes, so that
+big integers, floats, escapes, duplicates and the order of all other members arrive as they were
+sent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from gateway.errors import BadRequest
 
 
 class Members:
-    """The members of a JSON object, each with its place in the client's bytes."""
+    """The members of a JSON object and their positions in the client's bytes.
+
+    Raises BadRequest (``invalid_json``) for anything but a JSON object in UTF-8.
+    """
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -28,18 +32,19 @@ class Members:
             raise _invalid("nested too deeply") from None
         except (ValueError, StopIteration) as fault:
             raise _invalid(str(fault) or "not JSON") from None
-        #: Parsed values by name; numbers are left as their text. Of duplicates the last one counts.
+        #: Parsed values by name, numbers as their text. The last one of duplicates counts.
         self.values: dict[str, Any] = {name: span[0] for name, span in self._spans.items()}
 
     def with_injected(self, inject: dict[str, str]) -> bytes:
-        """The client's bytes with members (name → JSON text) put in; the same object if none."""
+        """Return the body with members (name → JSON text) replaced or added; the very same bytes
+        object if there are none."""
         if not inject:
             return self._body
-        # from the end, so that the places in front of it stay right
+        # from the end, so that the offsets of earlier members stay valid
         replaced = sorted((name for name in inject if name in self._spans), key=self._start)
         body = self._body
         for name in reversed(replaced):
-            start, end = self._place(name)
+            start, end = self._byte_span(name)
             body = body[:start] + _encode(inject[name]) + body[end:]
         added = [f'"{name}":{text}' for name, text in inject.items() if name not in self._spans]
         if not added:
@@ -49,15 +54,15 @@ class Members:
         return body[:opening] + _encode(",".join(added) + comma) + body[opening:]
 
     def raw(self, name: str) -> str:
-        """A member's value as the client wrote it."""
+        """Return a member's value as the client wrote it."""
         _, start, end = self._spans[name]
         return self._text[start:end]
 
     def _start(self, name: str) -> int:
         return self._spans[name][1]
 
-    def _place(self, name: str) -> tuple[int, int]:
-        """Byte offsets of a value."""
+    def _byte_span(self, name: str) -> tuple[int, int]:
+        """Where a value starts and ends in the body, in bytes."""
         _, start, end = self._spans[name]
         if len(self._text) == len(self._body):
             return start, end
@@ -65,37 +70,37 @@ class Members:
         return before, before + len(self._text[start:end].encode())
 
     def _scan(self) -> dict[str, tuple[Any, int, int]]:
-        """Name → value, start and end in the text. Only the outermost object is looked at."""
+        """Return name → (value, start, end), with offsets in the text, of the outermost object."""
         text = self._text
         spans: dict[str, tuple[Any, int, int]] = {}
-        position = self._opening = _skip(text, 0)
+        position = self._opening = _skip_whitespace(text, 0)
         _expect("{", text, position)
-        position = _skip(text, position + 1)
+        position = _skip_whitespace(text, position + 1)
         if text[position : position + 1] == "}":
-            self._end(position + 1)
+            self._expect_end(position + 1)
             return spans
         while True:
             _expect('"', text, position)
             name, position = scanstring(text, position + 1, True)
-            position = _skip(text, position)
+            position = _skip_whitespace(text, position)
             _expect(":", text, position)
-            start = _skip(text, position + 1)
+            start = _skip_whitespace(text, position + 1)
             value, position = _scan_once(text, start)
             spans[name] = (value, start, position)
-            position = _skip(text, position)
+            position = _skip_whitespace(text, position)
             if text[position : position + 1] == "}":
-                self._end(position + 1)
+                self._expect_end(position + 1)
                 return spans
             _expect(",", text, position)
-            position = _skip(text, position + 1)
+            position = _skip_whitespace(text, position + 1)
 
-    def _end(self, position: int) -> None:
-        if _skip(self._text, position) != len(self._text):
-            raise ValueError("something follows the object")
+    def _expect_end(self, position: int) -> None:
+        if _skip_whitespace(self._text, position) != len(self._text):
+            raise ValueError("data after the object")
 
 
 def _encode(text: str) -> bytes:
-    # a lone surrogate, which an administrator may have sent as an escape, stays an escape
+    # an administrator may have sent a lone surrogate, which only exists as an escape
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -108,21 +113,21 @@ def _expect(character: str, text: str, position: int) -> None:
         raise ValueError(f"{character!r} expected at character {position}")
 
 
-def _refuse_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _text_of(number: str) -> str:
-    # numbers are not needed as numbers: no limit of digits, no loss of precision, no work
+def _keep_text(number: str) -> str:
+    # nothing here computes with numbers: no limit of digits, no loss of precision, less work
     return number
 
 
 _scan_once = json.JSONDecoder(
-    parse_float=_text_of, parse_int=_text_of, parse_constant=_refuse_constant
+    parse_float=_keep_text, parse_int=_keep_text, parse_constant=_reject_constant
 ).scan_once  # type: ignore[attr-defined]
 
-_WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+_WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _skip(text: str, position: int) -> int:
-    return _WHITE_SPACE.match(text, position).end()  # type: ignore[union-attr]
+def _skip_whitespace(text: str, position: int) -> int:
+    return _WHITESPACE.match(text, position).end()  # type: ignore[union-attr]

@@ -1,40 +1,43 @@
-"""LM Studio's answer on its way to the client: bytes out as they come in.
+"""Relays LM Studio's response to the client, byte for byte, as it arrives.
 
-:class:`Relay` is the body of the client's response. It owns the exchange: whatever ends it, closes
-the upstream connection (or gives it back), stops watching the client and completes the record.
+:class:`Relay` is the body of the client's response. It owns the exchange: however the response
+ends, closing the Relay closes the upstream connection (or returns it to the pool), stops watching
+the client and completes the record.
 """
 
 from __future__ import annotations
 
 import errno
-import time
 from collections.abc import Iterator
 
 from gateway import sse
+from gateway.clock import remaining
 from gateway.errors import BadGateway, GatewayError, UpstreamTimeout, payload
 from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout
 from gateway.observe import Record
-from gateway.proxy.repair import MAX_ERROR_BYTES, as_error
+from gateway.proxy.repair import MAX_ERROR_BYTES, error_in
 from gateway.proxy.usage import Tap, usages
 from gateway.request import ClientWatch
 from gateway.sse import HEARTBEAT
 
-#: How much of the end of a plain answer is kept to find its usage.
+#: How much of the end of a plain response is kept to find its usage.
 TAIL_BYTES = 16384
 
 
-class Cut(ConnectionResetError):
-    """Ends the response without its proper end, so that it can't be taken for complete.
+class ResponseAborted(ConnectionResetError):
+    """Raised in the middle of a body to end the response without a proper end, so that no client
+    takes it for complete.
 
-    A server closes the client's connection quietly when an application fails like this.
+    WSGI servers close the client's connection, and log no traceback, when an application fails
+    with this kind of error.
     """
 
-    def __init__(self, why: str) -> None:
-        super().__init__(errno.ECONNRESET, why)
+    def __init__(self, reason: str) -> None:
+        super().__init__(errno.ECONNRESET, reason)
 
 
 class Relay(Iterator[bytes]):
-    """The pieces of one response body. To be closed, like every WSGI iterable."""
+    """The pieces of one response body. The WSGI server closes it, like every response iterable."""
 
     def __init__(
         self,
@@ -53,14 +56,14 @@ class Relay(Iterator[bytes]):
         try:
             piece = next(self._pieces)
         except StopIteration:
-            # a client that leaves from here on has got everything
+            # a client that disconnects from here on has received everything
             self._finished = True
             raise
         self._record.sent(piece)
         return piece
 
     def close(self) -> None:
-        """Give up what belongs to this exchange; a client that has not got all of it has left."""
+        """Release the exchange. A client that has not received all of it counts as cancelled."""
         if self._watch is not None:
             self._watch.stop()
         self._exchange.close()
@@ -70,7 +73,7 @@ class Relay(Iterator[bytes]):
 def plain(
     exchange: Exchange, first: bytes, deadline: float | None, record: Record
 ) -> Iterator[bytes]:
-    """A plain answer: its first piece, which has been read already, and the rest."""
+    """Relay a response that is not a stream; ``first`` is the part of it that has been read."""
     tail = first
     try:
         if first:
@@ -82,94 +85,108 @@ def plain(
             tail = (tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
             yield data
     except ReadTimeout:
-        record.fail("LM Studio did not finish its answer within PROXY_TIMEOUT.")
-        raise Cut("PROXY_TIMEOUT passed") from None
+        record.fail("LM Studio did not finish its response within PROXY_TIMEOUT.")
+        raise ResponseAborted("PROXY_TIMEOUT passed") from None
     except ConnectionBroken as fault:
         if not exchange.aborted:
-            record.fail(f"LM Studio broke its answer off: {fault}.")
-        raise Cut(str(fault)) from None
+            record.fail(f"LM Studio broke off its response: {fault}.")
+        raise ResponseAborted(str(fault)) from None
     for usage in usages(tail):
         record.tokens.update(usage)
 
 
 def stream(
-    exchange: Exchange, tap: Tap, silence: float | None, record: Record, dialect: str
+    exchange: Exchange, tap: Tap, timeout: float | None, record: Record, dialect: str
 ) -> Iterator[bytes]:
-    """An event stream: every arrival at once, a comment in long silences, an error event when LM
-    Studio breaks it off."""
-    yield b""  # the head goes out now, not with the first event
+    """Relay an event stream as it arrives, with a comment in each long silence and an error event
+    when LM Studio breaks it off.
+
+    ``timeout`` is the longest silence allowed, in seconds (None: any).
+    """
+    yield b""  # sends the head now, not with the first event
     if exchange.head.get("content-encoding"):
-        tap = Tap(remove=False)  # nothing can be found in coded bytes: none are held back
+        tap = Tap(remove_usage=False)  # compressed bytes can't be searched, so none are held back
     try:
-        yield from _arrivals(exchange, tap, silence)
-        rest = tap.rest()
+        yield from _arrivals(exchange, tap, timeout)
+        rest = tap.flush()
         if rest:
             yield rest
         record.tokens.update(tap.tokens)
     except (ConnectionBroken, UpstreamTimeout) as fault:
         record.tokens.update(tap.tokens)
-        yield from cut_stream(fault, exchange, tap, record, dialect)
+        yield from abort_stream(fault, exchange, tap, record, dialect)
 
 
 def late_stream(
-    exchange: Exchange, tap: Tap, silence: float | None, record: Record, dialect: str
+    exchange: Exchange, tap: Tap, timeout: float | None, record: Record, dialect: str
 ) -> Iterator[bytes]:
-    """A stream that was answered before LM Studio sent its head (it had been silent for long)."""
+    """Relay a stream that the gateway began itself, because LM Studio's head was late.
+
+    The client has got status 200, so a failure can only be reported as an error event.
+    """
     yield sse.KEEP_ALIVE
     try:
-        for _ in _await_head(exchange, silence):
+        for _ in _await_head(exchange, timeout):
             yield sse.KEEP_ALIVE
         if is_event_stream(exchange):
-            yield from stream(exchange, tap, silence, record, dialect)
+            yield from stream(exchange, tap, timeout, record, dialect)
             return
-        content = collect(exchange, silence)
+        content = collect(exchange, timeout)
     except (ConnectionBroken, UpstreamTimeout) as fault:
-        yield from cut_stream(fault, exchange, tap, record, dialect)
+        yield from abort_stream(fault, exchange, tap, record, dialect)
         return
-    error = as_error(exchange.head.status, content)
+    error = error_in(exchange.head.status, content)
     if error is None:
         yield b"data: " + content.replace(b"\n", b"\ndata: ") + b"\n\n"
         return
     record.fail(error.message)
-    told = payload(error.message, error.status, error.code, dialect, error=error)
-    yield sse.error_event(told, named=dialect == "anthropic")
+    yield _error_event(error, dialect)
 
 
-def cut_stream(
+def abort_stream(
     fault: Exception, exchange: Exchange, tap: Tap, record: Record, dialect: str
 ) -> Iterator[bytes]:
-    """End a stream visibly broken: an error event, then no proper end of the response."""
+    """End a stream so that clients see that it broke: with an error event, and without the proper
+    end of the response."""
     if exchange.aborted and not exchange.abort_reason:
-        raise Cut("the client left")
-    error = fault if isinstance(fault, GatewayError) else _as_error(fault, exchange)
+        raise ResponseAborted("the client disconnected")
+    error = fault if isinstance(fault, GatewayError) else _stream_error(fault, exchange)
     record.fail(error.message)
-    told = payload(error.message, error.status, error.code, dialect, error=error)
-    begun = b"" if tap.between_events else b"\n\n"
-    yield begun + sse.error_event(told, named=dialect == "anthropic")
-    raise Cut(error.message)
+    # ends an event that the client has received only in part
+    separator = b"" if tap.between_events else b"\n\n"
+    yield separator + _error_event(error, dialect)
+    raise ResponseAborted(error.message)
 
 
-def _as_error(fault: Exception, exchange: Exchange) -> GatewayError:
+def _stream_error(fault: Exception, exchange: Exchange) -> GatewayError:
     if exchange.abort_reason:
         return GatewayError(exchange.abort_reason, status=503, code="overloaded")
-    return BadGateway(f"LM Studio broke the stream off: {fault}.")
+    return BadGateway(f"LM Studio broke off the stream: {fault}.")
+
+
+def _error_event(error: GatewayError, dialect: str) -> bytes:
+    data = payload(error.message, error.status, error.code, dialect, error=error)
+    return sse.error_event(data, named=dialect == "anthropic")
 
 
 def is_event_stream(exchange: Exchange) -> bool:
-    """Whether the answer is an event stream."""
-    kind = exchange.head.get("content-type") or ""
-    return kind.partition(";")[0].strip().lower() == "text/event-stream"
+    """Whether LM Studio's response is an event stream."""
+    content_type = exchange.head.get("content-type") or ""
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"
 
 
 def collect(exchange: Exchange, timeout: float | None, limit: int = MAX_ERROR_BYTES) -> bytes:
-    """The answer's body, at most about ``limit`` bytes of it."""
+    """Read the body of a response, at most about ``limit`` bytes of it.
+
+    ``timeout`` is the longest wait for each arrival, in seconds. Raises UpstreamTimeout.
+    """
     pieces = []
     size = 0
     while size < limit:
         try:
             data = exchange.receive(timeout)
         except ReadTimeout:
-            raise UpstreamTimeout("LM Studio did not finish its answer.") from None
+            raise UpstreamTimeout("LM Studio did not finish its response.") from None
         if not data:
             break
         pieces.append(data)
@@ -177,45 +194,50 @@ def collect(exchange: Exchange, timeout: float | None, limit: int = MAX_ERROR_BY
     return b"".join(pieces)
 
 
-def remaining(deadline: float | None) -> float | None:
-    """Seconds until a deadline (of time.monotonic()), never quite 0."""
-    return None if deadline is None else max(0.001, deadline - time.monotonic())
-
-
-def _arrivals(exchange: Exchange, tap: Tap, silence: float | None) -> Iterator[bytes]:
-    """What goes to the client for each arrival, with comments in between."""
-    pause = min(HEARTBEAT, silence or HEARTBEAT)
+def _arrivals(exchange: Exchange, tap: Tap, timeout: float | None) -> Iterator[bytes]:
+    """Yield what the client gets for each arrival, and comments during silences."""
     quiet = 0.0
     while True:
+        pause = _pause(timeout, quiet)
         try:
             data = exchange.receive(pause)
         except ReadTimeout:
             quiet += pause
-            if silence is not None and quiet >= silence:
-                raise UpstreamTimeout("LM Studio was silent for PROXY_STREAM_TIMEOUT.") from None
+            if timeout is not None and quiet >= timeout:
+                raise _stream_timed_out() from None
             if tap.between_events and quiet >= HEARTBEAT:
                 yield sse.KEEP_ALIVE
-            pause = min(HEARTBEAT, silence - quiet) if silence is not None else HEARTBEAT
             continue
         if not data:
             return
         quiet = 0.0
-        pause = min(HEARTBEAT, silence or HEARTBEAT)
         out = tap.feed(data)
         if out:
             yield out
 
 
-def _await_head(exchange: Exchange, silence: float | None) -> Iterator[None]:
-    """Wait for the head; yields after each heartbeat's time without one."""
+def _await_head(exchange: Exchange, timeout: float | None) -> Iterator[None]:
+    """Wait for the head, which is late by one heartbeat already; yields whenever a comment is due.
+
+    Raises UpstreamTimeout.
+    """
     quiet = HEARTBEAT
     while True:
-        if silence is not None and quiet >= silence:
-            raise UpstreamTimeout("LM Studio was silent for PROXY_STREAM_TIMEOUT.")
-        pause = HEARTBEAT if silence is None else min(HEARTBEAT, silence - quiet)
+        if timeout is not None and quiet >= timeout:
+            raise _stream_timed_out()
+        pause = _pause(timeout, quiet)
         try:
             exchange.wait_head(pause)
             return
         except ReadTimeout:
             quiet += pause
             yield
+
+
+def _pause(timeout: float | None, quiet: float) -> float:
+    """Seconds to wait, ``quiet`` seconds into a silence: until a comment is due or the timeout."""
+    return HEARTBEAT if timeout is None else min(HEARTBEAT, timeout - quiet)
+
+
+def _stream_timed_out() -> UpstreamTimeout:
+    return UpstreamTimeout("LM Studio sent nothing within PROXY_STREAM_TIMEOUT.")

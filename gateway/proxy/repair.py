@@ -1,7 +1,8 @@
-"""LM Studio's errors, made what a client of the dialect expects.
+"""Turns LM Studio's errors into those that clients of the dialect expect.
 
-LM Studio answers an unknown endpoint or a context overflow with status 200 and ``{"error": …}``,
-its ``error`` may be a string, and a proxy or a crash may send HTML (``lmstudio.md`` §3).
+LM Studio responds to an unknown endpoint or a context overflow with status 200 and
+``{"error": …}``, where ``error`` may be a string; a crash, or a proxy in front of LM Studio, may
+send HTML.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from gateway.errors import GatewayError
 
-#: Answers up to this size are looked at for an error inside.
+#: Responses up to this size are searched for an error.
 MAX_ERROR_BYTES = 65536
 
 _STARTS_WITH_ERROR = re.compile(rb'\s*\{\s*"(?:error|type"\s*:\s*"error)"')
@@ -23,12 +24,13 @@ _TAGS = re.compile(r"<(?:style|script)\b.*?</(?:style|script)>|<[^>]*>", re.DOTA
 
 
 def starts_like_error(first: bytes) -> bool:
-    """Whether the beginning of a 200 answer promises an error inside."""
+    """Whether a response with status 200 begins as an error body does."""
     return _STARTS_WITH_ERROR.match(first) is not None
 
 
-def hidden_error(content: bytes, encoding: str | None = None) -> GatewayError | None:
-    """The error inside a 200 answer, or None if it is a good answer."""
+def embedded_error(content: bytes, encoding: str | None = None) -> GatewayError | None:
+    """Return the error in the body of a 200; None if there is none, or if the content coding is
+    unknown."""
     decoded = content if encoding is None else _decode(content, encoding)
     if decoded is None or b'"error"' not in decoded:
         return None
@@ -36,39 +38,42 @@ def hidden_error(content: bytes, encoding: str | None = None) -> GatewayError | 
     if not isinstance(parsed, dict) or not parsed.get("error"):
         return None
     if "choices" in parsed or "data" in parsed or "id" in parsed or "object" in parsed:
-        return None  # an answer that merely has an error member (a response object, say)
-    message, fields = _words(parsed["error"])
-    status = _status(parsed, fields)
+        return None  # a regular response with an error member, such as a response object
+    message, fields = _message_and_fields(parsed["error"])
+    status = _status_in(parsed, fields)
     if status is None:
         status = 404 if _UNKNOWN_ENDPOINT.search(message) else 400
     return _error(message, status, fields)
 
 
-def as_error(status: int, content: bytes) -> GatewayError | None:
-    """An answer that must be told in a stream: the error in it, None if it is a good answer."""
+def error_in(status: int, content: bytes) -> GatewayError | None:
+    """Return the error that a complete response stands for; None if it is not an error."""
     if status < 400:
-        return hidden_error(content)
+        return embedded_error(content)
     parsed = _parse(content)
     inner = parsed.get("error", parsed.get("message")) if isinstance(parsed, dict) else None
-    message, fields = _words(inner) if inner else (_plain_text(content), {})
+    message, fields = _message_and_fields(inner) if inner else (_plain_text(content), {})
     return _error(message or f"LM Studio answered {status}.", status, fields)
 
 
-def wrapped(status: int, content: bytes, encoding: str | None, spoken: str) -> GatewayError | None:
-    """The error to tell instead of an upstream error body; None when the body is fine as it is."""
+def wrapped_error(
+    status: int, content: bytes, encoding: str | None, dialect: str
+) -> GatewayError | None:
+    """Return the error to send in place of an upstream error body; None when the body is an error
+    object of the dialect already, or its content coding is unknown."""
     decoded = _decode(content, encoding)
-    if decoded is None or _speaks(_parse(decoded), spoken):
+    if decoded is None or _fits_dialect(_parse(decoded), dialect):
         return None
-    return as_error(status, decoded)
+    return error_in(status, decoded)
 
 
-def _speaks(parsed: Any, spoken: str) -> bool:
+def _fits_dialect(parsed: Any, dialect: str) -> bool:
     """Whether a parsed body is an error object of the dialect."""
     if not isinstance(parsed, dict) or not isinstance(parsed.get("error"), dict):
         return False
     if not isinstance(parsed["error"].get("message"), str):
         return False
-    return spoken != "anthropic" or parsed.get("type") == "error"
+    return dialect != "anthropic" or parsed.get("type") == "error"
 
 
 def _error(message: str, status: int, fields: dict[str, Any]) -> GatewayError:
@@ -82,16 +87,16 @@ def _error(message: str, status: int, fields: dict[str, Any]) -> GatewayError:
     )
 
 
-def _words(error: Any) -> tuple[str, dict[str, Any]]:
-    """The text and the fields of an ``error`` member, whatever its form."""
+def _message_and_fields(error: Any) -> tuple[str, dict[str, Any]]:
+    """Return the text and the fields of an ``error`` member, whatever its type."""
     if isinstance(error, dict):
         message = error.get("message") or error.get("error") or json.dumps(error)
         return str(message), error
     return str(error), {}
 
 
-def _status(parsed: dict[str, Any], fields: dict[str, Any]) -> int | None:
-    """The status that an error body itself names."""
+def _status_in(parsed: dict[str, Any], fields: dict[str, Any]) -> int | None:
+    """Return the HTTP status that an error body itself names, under any of the usual names."""
     for source in (fields, parsed):
         for name in ("status", "statusCode", "status_code", "code"):
             value = source.get(name)
@@ -113,7 +118,7 @@ def _plain_text(content: bytes) -> str:
 
 
 def _decode(content: bytes, encoding: str | None) -> bytes | None:
-    """The body without its content coding; None for one that is not understood."""
+    """Return the body without its content coding; None if that is unknown or does not fit."""
     if encoding is None or encoding.lower() == "identity":
         return content
     try:

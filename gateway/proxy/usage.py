@@ -1,7 +1,7 @@
-"""Server-sent events on their way through: where events end, and which one carries the usage.
+"""Finds token usage in responses, and removes the usage chunk that the client did not ask for.
 
-Patterns are searched in the bytes instead of parsing every event: inside a JSON string each quote
-is escaped, so an unescaped ``"usage":`` can only be a member.
+The bytes are searched with patterns, which is cheaper than parsing every event. It is safe because
+quotes inside a JSON string are escaped: an unescaped ``"usage":`` can only be a member.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _SOME_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 _decoder = json.JSONDecoder()
 
-#: An event that is larger than this is passed on without being looked at.
+#: Larger events are passed on unexamined.
 MAX_EVENT_BYTES = 1 << 20
 
 
 class Tap:
-    """Listens to a stream for its usage and, with ``remove``, takes the extra usage chunk out.
+    """Reads the usage in an event stream and, with ``remove_usage``, removes the usage chunk.
 
-    :meth:`feed` gives what is to be sent on for each arrival: the same bytes, except that with
-    ``remove`` the beginning of an event that might be the usage chunk waits for its end.
+    :meth:`feed` returns the bytes to send for each arrival. Without ``remove_usage`` they are those
+    that arrived; with it, the beginning of an event that may be the usage chunk is held back until
+    the event is complete.
     """
 
-    def __init__(self, *, remove: bool) -> None:
-        self._remove = remove
-        self._open = b""  # what has come of the event that has not ended
-        self._sent = 0  # how much of it was sent on: all or nothing
+    def __init__(self, *, remove_usage: bool) -> None:
+        self._remove_usage = remove_usage
+        self._open = b""  # the event at the end that is not complete yet
+        self._sent = 0  # how many bytes of it have been sent: all or none
         self._last_sent = b""
         self.tokens: dict[str, int] = {}
 
@@ -40,14 +41,14 @@ class Tap:
         return not self._last_sent or _last_end(self._last_sent) == len(self._last_sent)
 
     def feed(self, data: bytes) -> bytes:
-        """Take an arrival; returns what goes to the client now (perhaps nothing)."""
+        """Take an arrival; returns the bytes to send to the client now, perhaps none."""
         whole = self._open + data if self._open else data
         end = _last_end(whole)
         complete = whole if end == len(whole) else whole[:end]
         has_usage = _USAGE.search(complete) is not None
         if has_usage:
-            self._note(complete)
-        out = self._select(complete, whole[end:], has_usage) if self._remove else data
+            self._count(complete)
+        out = self._filter(complete, whole[end:], has_usage) if self._remove_usage else data
         self._open = whole[end:]
         if len(self._open) > MAX_EVENT_BYTES:
             self._open = self._open[-4:]
@@ -56,40 +57,42 @@ class Tap:
             self._last_sent = out[-4:] if len(out) >= 4 else (self._last_sent + out)[-4:]
         return out
 
-    def rest(self) -> bytes:
-        """What was still held back when the stream ended."""
-        held = self._open[self._sent :] if self._remove else b""
+    def flush(self) -> bytes:
+        """Return the bytes that are still held back when the stream has ended."""
+        held = self._open[self._sent :] if self._remove_usage else b""
         if _USAGE.search(self._open) is not None:
-            self._note(self._open)
+            self._count(self._open)
             if _NO_CHOICES.search(self._open):
                 held = b""
         self._open = b""
         return held
 
-    def _select(self, complete: bytes, rest: bytes, has_usage: bool) -> bytes:
-        """In a stream with an unwanted usage chunk: what to send for this arrival."""
+    def _filter(self, complete: bytes, rest: bytes, has_usage: bool) -> bytes:
+        """Return the bytes to send of the complete events and of the incomplete one behind them,
+        without the usage chunk."""
         out = b""
         if complete:
-            # The first event may have been sent in part; then it is known to be no usage chunk
-            # and stands, untouched, at the front of what is left.
+            # The first event may have been sent in part. Then it is known not to be the usage
+            # chunk, and is still the first of those that are kept.
             kept = _without_usage(complete) if has_usage else complete
             out = kept[self._sent :] if self._sent else kept
             self._sent = 0
-        if rest and self._is_harmless(rest):
+        if rest and self._is_not_usage(rest):
             out += rest[self._sent :]
             self._sent = len(rest)
         return out
 
-    def _is_harmless(self, event: bytes) -> bool:
+    def _is_not_usage(self, event: bytes) -> bool:
         return len(event) > MAX_EVENT_BYTES or _SOME_CHOICES.search(event) is not None
 
-    def _note(self, events: bytes) -> None:
+    def _count(self, events: bytes) -> None:
         for usage in usages(events):
             self.tokens.update(usage)
 
 
 def usages(payload: bytes) -> list[dict[str, int]]:
-    """Every usage object in a JSON or SSE payload, in the contract's names."""
+    """Return every usage object in a JSON or SSE payload, as ``promptTokens`` and
+    ``completionTokens``."""
     found = []
     for match in _USAGE.finditer(payload):
         try:
@@ -101,7 +104,7 @@ def usages(payload: bytes) -> list[dict[str, int]]:
 
 
 def _tokens(usage: dict[str, Any]) -> dict[str, int]:
-    """OpenAI's and Anthropic's names for the two counts."""
+    # OpenAI and Anthropic name the two counts differently
     names = {
         "prompt_tokens": "promptTokens",
         "input_tokens": "promptTokens",
@@ -116,7 +119,7 @@ def _tokens(usage: dict[str, Any]) -> dict[str, int]:
 
 
 def _without_usage(events: bytes) -> bytes:
-    """Complete events without those that carry nothing but usage."""
+    """Remove the events that carry nothing but usage from a run of complete events."""
     kept = []
     start = 0
     for match in _EVENT_END.finditer(events):
@@ -129,7 +132,7 @@ def _without_usage(events: bytes) -> bytes:
 
 
 def _last_end(data: bytes) -> int:
-    """Where the last complete event of ``data`` ends; 0 when none does."""
+    """Return the offset at which the last complete event ends; 0 if there is none."""
     if data.endswith(b"\n\n"):
         return len(data)
     return max(_end_of_last(mark, data) for mark in (b"\n\n", b"\r\n\r\n", b"\r\r"))

@@ -1,4 +1,7 @@
-"""The blueprint of the proxied paths."""
+"""The blueprint of the proxied paths.
+
+The busiest of them never reach it: see :class:`gateway.front.Front`.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from werkzeug.routing import Rule
 from gateway import errors
 from gateway.proxy.exchange import Proxy
 
-# The blueprint --------------------------------------------------------------------------------
-
 blueprint = Blueprint("proxy", __name__)
 
 
 @blueprint.record
 def _register(state: Any) -> None:
-    """Every proxied path, for every method: a rule of werkzeug's, as Flask's own always restrict
-    the methods."""
+    """Register every proxied path for every method.
+
+    The rules are werkzeug's own because Flask's always restrict the methods.
+    """
     paths = [
         "/v1/<path:rest>",
         "/api/<path:rest>",
@@ -33,10 +36,10 @@ def _register(state: Any) -> None:
 def view(rest: str = "") -> Response:
     """Relay the current request."""
     proxy: Proxy = current_app.extensions["gateway"].proxy
-    answer = proxy.exchange(request.environ)
-    response = Response(answer.body, direct_passthrough=True)
+    proxied = proxy.exchange(request.environ)
+    response = Response(proxied.body, direct_passthrough=True)
     response.headers.clear()
-    for name, value in answer.headers:
+    for name, value in proxied.headers:
         response.headers.add(name, value)
-    response.status = answer.status
+    response.status = proxied.status
     return response

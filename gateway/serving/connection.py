@@ -156,4 +156,4 @@ def drain(app: Any, servers: list[Server], grace: float) -> None:
     for server in servers:
         server.end_waiting()
     gevent.sleep(max(0.0, grace - IDLE_AT_END - LAST_WORDS))
-    app.extensions["gateway"].proxy.cut_all()
+    app.extensions["gateway"].proxy.abort_all()

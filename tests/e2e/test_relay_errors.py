@@ -21,7 +21,7 @@ def test_lmstudio_breaks_the_exchange_before_answering(
 ) -> None:
     asking = sdk(strict)
     error = asking.raised(502, lambda: asking.ask(fault, stream=stream), "bad_gateway")
-    assert "LM Studio broke the exchange off" in str(error)
+    assert "LM Studio broke off the exchange" in str(error)
     assert len(simulator.requests()) == 1
 
 
@@ -92,7 +92,7 @@ def test_an_error_in_the_middle_of_a_stream(
     asking = sdk(strict)
     with pytest.raises(asking.package.APIError) as caught:
         list(asking.ask(fault, stream=True))
-    words = "LM Studio broke the stream off" if fault == "break-stream" else "crashed"
+    words = "LM Studio broke off the stream" if fault == "break-stream" else "crashed"
     assert words in str(caught.value) or words in str(caught.value.body)
 
 

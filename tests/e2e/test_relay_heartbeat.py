@@ -210,7 +210,7 @@ def test_a_late_failure_becomes_an_error_event(seen: dict[str, Seen], case: str)
         "late-200": "The model has crashed",
         "late-429-messages": "Too many requests.",
     }
-    assert words.get(case, "LM Studio broke the stream off") in told["error"]["message"]
+    assert words.get(case, "LM Studio broke off the stream") in told["error"]["message"]
 
 
 def test_a_stream_never_has_ids_retries_or_empty_events(seen: dict[str, Seen]) -> None:

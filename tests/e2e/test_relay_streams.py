@@ -171,7 +171,7 @@ def test_a_broken_stream_looks_broken(gateway: Gateway, path: str) -> None:
     answer = raw(gateway, request(path, {"Fault": "break-stream"}, **more))
     error = assert_cut(answer, 3)["error"]
     assert error.get("code", "bad_gateway") == "bad_gateway"
-    assert "LM Studio broke the stream off" in error["message"]
+    assert "LM Studio broke off the stream" in error["message"]
 
 
 @pytest.fixture(scope="module")

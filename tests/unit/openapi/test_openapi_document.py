@@ -67,7 +67,7 @@ def test_every_path_parameter_is_named() -> None:
 
 
 def test_whatever_is_injected_is_described() -> None:
-    for path, endpoint in injection.TABLE.items():
+    for path, endpoint in injection.ENDPOINTS.items():
         for known in (path, path.removeprefix("/v1")):
             body = PATHS[known]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert set(body["properties"]) >= {"model", *endpoint.members.values()}

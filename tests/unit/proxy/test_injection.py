@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import BadRequest
-from gateway.proxy.injection import TABLE, Prepared, prepare
+from gateway.proxy.injection import ENDPOINTS, Prepared, prepare
 from gateway.proxy.members import Members
 from gateway.state import Active
 
@@ -50,7 +50,7 @@ FORMS = st.fixed_dictionaries(
 
 
 def prepared(path: str, body: bytes, active: Active | None) -> Prepared:
-    return prepare(TABLE[path], body, lambda: active)
+    return prepare(ENDPOINTS[path], body, lambda: active)
 
 
 def sent(path: str, body: dict[str, Any], active: Active | None) -> Any:
@@ -90,7 +90,7 @@ def test_with_nothing_to_inject_the_very_same_bytes_go_on(
     members: dict[str, Any], form: Any
 ) -> None:
     body = json.dumps({**members, "model": "named", "stream": False}, **form).encode()
-    for path in TABLE:
+    for path in ENDPOINTS:
         for active in (None, PLAIN):
             assert prepared(path, body, active).body is body
 
@@ -152,7 +152,7 @@ def test_embeddings_get_an_embedding_model_only() -> None:
     assert prepared("/v1/embeddings", body, LLM).body is body
 
 
-@pytest.mark.parametrize("path", sorted(TABLE))
+@pytest.mark.parametrize("path", sorted(ENDPOINTS))
 @pytest.mark.parametrize("body", [b"{}", b'{"model":null}', b'{"model":""}'])
 def test_no_model_at_all_is_told_with_the_way_out(path: str, body: bytes) -> None:
     error = refusal(path, body, None)

@@ -17,13 +17,13 @@ UNEXPECTED = "Unexpected endpoint or method. (POST /v1/images/generations)"
 
 def hidden(body: Any) -> GatewayError | None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return repair.hidden_error(content)
+    return repair.embedded_error(content)
 
 
 def wrapped(
-    status: int, content: bytes, encoding: str | None = None, spoken: str = "openai"
+    status: int, content: bytes, encoding: str | None = None, dialect: str = "openai"
 ) -> GatewayError | None:
-    return repair.wrapped(status, content, encoding, spoken)
+    return repair.wrapped_error(status, content, encoding, dialect)
 
 
 def certain(error: GatewayError | None) -> GatewayError:
@@ -106,8 +106,8 @@ def test_an_error_object_of_the_dialect_stays_as_it_is() -> None:
     openai = b'{"error":{"message":"x","type":"t","param":null,"code":null}}'
     anthropic = b'{"type":"error","error":{"type":"t","message":"x"}}'
     assert wrapped(400, openai) is None
-    assert wrapped(400, anthropic, spoken="anthropic") is None
-    assert certain(wrapped(400, openai, spoken="anthropic")).message == "x"
+    assert wrapped(400, anthropic, dialect="anthropic") is None
+    assert certain(wrapped(400, openai, dialect="anthropic")).message == "x"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_long_page_is_cut() -> None:
 
 
 def test_an_error_in_a_compressed_answer_is_found() -> None:
-    error = repair.hidden_error(
+    error = repair.embedded_error(
         gzip.compress(b'{"error":"Unexpected endpoint or method."}'), "gzip"
     )
     assert certain(error).status == 404

@@ -61,12 +61,12 @@ def ends_an_event(data: bytes) -> bool:
 def test_without_the_usage_chunk_the_stream_is_the_same(
     events: list[bytes], end: bytes, cuts: list[int]
 ) -> None:
-    tap = Tap(remove=True)
+    tap = Tap(remove_usage=True)
     out = b""
     for piece in arrivals(wire(events, end), cuts):
         out += tap.feed(piece)
         assert tap.between_events is ends_an_event(out)
-    out += tap.rest()
+    out += tap.flush()
     assert out == wire([event for event in events if event != USAGE_CHUNK], end)
     if USAGE_CHUNK in events:
         assert tap.tokens["completionTokens"] == 7
@@ -75,29 +75,29 @@ def test_without_the_usage_chunk_the_stream_is_the_same(
 @given(EVENTS, ENDS)
 def test_byte_by_byte_gives_the_same(events: list[bytes], end: bytes) -> None:
     data = wire(events, end)
-    tap = Tap(remove=True)
+    tap = Tap(remove_usage=True)
     out = b"".join(tap.feed(data[place : place + 1]) for place in range(len(data)))
-    assert out + tap.rest() == wire([event for event in events if event != USAGE_CHUNK], end)
+    assert out + tap.flush() == wire([event for event in events if event != USAGE_CHUNK], end)
 
 
 @given(EVENTS, ENDS, CUTS)
 def test_a_stream_that_is_only_listened_to_passes_byte_for_byte(
     events: list[bytes], end: bytes, cuts: list[int]
 ) -> None:
-    tap = Tap(remove=False)
+    tap = Tap(remove_usage=False)
     seen = b""
     for piece in arrivals(wire(events, end), cuts):
         assert tap.feed(piece) == piece
         seen += piece
         assert tap.between_events is ends_an_event(seen)
-    assert tap.rest() == b""
+    assert tap.flush() == b""
     if USAGE_CHUNK in events:
         assert tap.tokens["completionTokens"] == 7
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_a_content_event_goes_on_before_it_has_ended(end: bytes) -> None:
-    tap = Tap(remove=True)
+    tap = Tap(remove_usage=True)
     assert tap.feed(content("hello")) == content("hello")
     assert not tap.between_events
     assert tap.feed(end * 2) == end * 2
@@ -105,16 +105,16 @@ def test_a_content_event_goes_on_before_it_has_ended(end: bytes) -> None:
 
 
 def test_a_usage_chunk_that_the_stream_ended_in_is_removed_and_counted() -> None:
-    tap = Tap(remove=True)
+    tap = Tap(remove_usage=True)
     assert tap.feed(content("a") + b"\n\n" + USAGE_CHUNK) == content("a") + b"\n\n"
-    assert tap.rest() == b""
+    assert tap.flush() == b""
     assert tap.tokens == {"promptTokens": 5, "completionTokens": 7}
 
 
 def test_an_unfinished_other_event_is_handed_out_at_the_end() -> None:
-    tap = Tap(remove=True)
+    tap = Tap(remove_usage=True)
     assert tap.feed(b"data: [DONE]") == b""
-    assert tap.rest() == b"data: [DONE]"
+    assert tap.flush() == b"data: [DONE]"
 
 
 @pytest.mark.parametrize("remove", [True, False])
@@ -122,9 +122,9 @@ def test_an_unfinished_other_event_is_handed_out_at_the_end() -> None:
 def test_a_huge_event_passes_unchanged_and_is_not_collected(remove: bool, size: int) -> None:
     event = b"data: " + b"x" * (2 * MAX_EVENT_BYTES) + b"\n\n"
     data = event + USAGE_CHUNK + b"\n\ndata: [DONE]\n\n"
-    tap = Tap(remove=remove)
+    tap = Tap(remove_usage=remove)
     step = size * 16
-    out = b"".join(tap.feed(data[at : at + step]) for at in range(0, len(data), step)) + tap.rest()
+    out = b"".join(tap.feed(data[at : at + step]) for at in range(0, len(data), step)) + tap.flush()
     assert out == (data.replace(USAGE_CHUNK + b"\n\n", b"") if remove else data)
     assert tap.tokens["promptTokens"] == 5
 
@@ -134,7 +134,7 @@ def test_the_counts_of_all_dialects_are_found() -> None:
     delta = {"type": "message_delta", "usage": {"output_tokens": 4}}
     done = {"response": {"usage": {"input_tokens": 8, "output_tokens": 9, "x": {"y": 1}}}}
     for events, prompt, completion in (([start, delta], 3, 4), ([done], 8, 9)):
-        tap = Tap(remove=False)
+        tap = Tap(remove_usage=False)
         tap.feed(b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events))
         assert tap.tokens == {"promptTokens": prompt, "completionTokens": completion}
 
@@ -156,7 +156,7 @@ def test_the_counts_of_all_dialects_are_found() -> None:
 )
 def test_a_senseless_usage_counts_nothing_and_breaks_nothing(payload: bytes) -> None:
     assert all(found == {} for found in usages(payload))
-    assert Tap(remove=False).feed(b"data: " + payload + b"\n\n").endswith(payload + b"\n\n")
+    assert Tap(remove_usage=False).feed(b"data: " + payload + b"\n\n").endswith(payload + b"\n\n")
 
 
 def test_an_error_event_is_one_line_of_data() -> None:
