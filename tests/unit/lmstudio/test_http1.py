@@ -1,8 +1,6 @@
-"""Reading HTTP/1.1 answers: any split of the bytes gives the payload, and nothing sloppy passes."""
+"""Any split of a response's bytes gives the same payload, and malformed ones are rejected."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -19,25 +17,21 @@ from gateway.lmstudio.http1 import (
     body_of,
     parse_head,
 )
+from tests.arrivals import CUTS, arrivals
 
 
 @st.composite
 def chunked_wire(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """A payload, and a chunked form of it."""
+    """A payload and one of its chunked encodings."""
     chunks = draw(st.lists(st.binary(min_size=1, max_size=40), max_size=6))
     end = draw(st.sampled_from([b"\r\n", b"\n"]))
     wire = b""
     for chunk in chunks:
-        form = draw(st.sampled_from([b"%x", b"%X", b"0%x", b"%x ", b"%x;a=b", b'%x ; q="1;2"']))
-        wire += form % len(chunk) + end + chunk + end
+        size = draw(st.sampled_from([b"%x", b"%X", b"0%x", b"%x ", b"%x;a=b", b'%x ; q="1;2"']))
+        wire += size % len(chunk) + end + chunk + end
     trailers = draw(st.lists(st.sampled_from([b"X-A: b", b"Expires: 0"]), max_size=2))
     wire += b"0" + end + b"".join(trailer + end for trailer in trailers) + end
     return b"".join(chunks), wire
-
-
-def arrivals(wire: bytes, cuts: list[int]) -> list[bytes]:
-    edges = sorted({0, len(wire), *(cut % (len(wire) + 1) for cut in cuts)})
-    return [wire[start:end] for start, end in pairwise(edges)]
 
 
 def fed(body: Body, pieces: list[bytes]) -> bytes:
@@ -48,11 +42,8 @@ def body_for(*headers: tuple[str, str], status: int = 200, method: str = "GET") 
     return body_of(Head(status, "OK", list(headers), http10=False), method)
 
 
-CUTS = st.lists(st.integers(0, 10_000), max_size=30)
-
-
 @given(chunked_wire(), CUTS)
-def test_any_chunking_and_any_arrivals_give_the_payload(
+def test_any_chunks_in_any_arrivals_give_the_payload(
     encoded: tuple[bytes, bytes], cuts: list[int]
 ) -> None:
     payload, wire = encoded
@@ -64,10 +55,10 @@ def test_any_chunking_and_any_arrivals_give_the_payload(
 
 
 @given(chunked_wire())
-def test_byte_by_byte_gives_the_payload_too(encoded: tuple[bytes, bytes]) -> None:
+def test_arrivals_of_single_bytes_give_the_payload(encoded: tuple[bytes, bytes]) -> None:
     payload, wire = encoded
     body = Chunked()
-    assert fed(body, [wire[place : place + 1] for place in range(len(wire))]) == payload
+    assert fed(body, [wire[at : at + 1] for at in range(len(wire))]) == payload
     assert body.done
 
 
@@ -85,12 +76,12 @@ def test_a_chunked_body_that_breaks_off_is_never_taken_for_complete(
 
 
 @given(chunked_wire(), st.binary(min_size=1), CUTS)
-def test_bytes_behind_the_end_are_dropped_and_told(
-    encoded: tuple[bytes, bytes], behind: bytes, cuts: list[int]
+def test_bytes_after_the_end_are_dropped_and_reported(
+    encoded: tuple[bytes, bytes], extra: bytes, cuts: list[int]
 ) -> None:
     payload, wire = encoded
     body = Chunked()
-    assert fed(body, arrivals(wire + behind, cuts)) == payload
+    assert fed(body, arrivals(wire + extra, cuts)) == payload
     assert body.done
     assert body.excess
 
@@ -99,7 +90,7 @@ def test_bytes_behind_the_end_are_dropped_and_told(
     "size",
     [b"-5", b"0x5", b"+5", b"", b" 5", b"5 5", b"5_0", b"g", b"5.0", b"\xd9\xa5", b"f" * 16, b",5"],
 )
-def test_a_malformed_chunk_size_is_refused(size: bytes) -> None:
+def test_a_malformed_chunk_size_is_rejected(size: bytes) -> None:
     with pytest.raises(Malformed):
         Chunked().feed(size + b"\r\nhello\r\n0\r\n\r\n")
     body = Chunked()
@@ -108,13 +99,13 @@ def test_a_malformed_chunk_size_is_refused(size: bytes) -> None:
         fed(body, [bytes([byte]) for byte in size + b"\r\nhello\r\n"])
 
 
-@pytest.mark.parametrize("behind", [b"X\r\n", b"lo\r\n", b" \r\n", b"\r\r\n"])
-def test_a_chunk_longer_than_its_size_is_refused(behind: bytes) -> None:
+@pytest.mark.parametrize("extra", [b"X\r\n", b"lo\r\n", b" \r\n", b"\r\r\n"])
+def test_a_chunk_longer_than_its_size_is_rejected(extra: bytes) -> None:
     with pytest.raises(Malformed):
-        Chunked().feed(b"3\r\nhel" + behind + b"0\r\n\r\n")
+        Chunked().feed(b"3\r\nhel" + extra + b"0\r\n\r\n")
 
 
-def test_a_chunk_line_without_end_is_refused_before_it_fills_the_memory() -> None:
+def test_an_endless_chunk_line_is_rejected_before_it_fills_the_memory() -> None:
     body = Chunked()
     with pytest.raises(Malformed):
         fed(body, [b"5;", *[b"x" * 1000] * 100])
@@ -127,17 +118,15 @@ def test_part_of_a_chunk_is_passed_on_at_once() -> None:
 
 
 @given(st.binary(), st.binary(max_size=5), CUTS)
-def test_a_counted_body_ends_after_its_length(
-    payload: bytes, behind: bytes, cuts: list[int]
-) -> None:
+def test_a_sized_body_ends_after_its_length(payload: bytes, extra: bytes, cuts: list[int]) -> None:
     body = Sized(len(payload))
-    assert fed(body, arrivals(payload + behind, cuts)) == payload
+    assert fed(body, arrivals(payload + extra, cuts)) == payload
     assert body.done
-    assert body.excess is bool(behind)
+    assert body.excess is bool(extra)
     body.end()
 
 
-def test_a_counted_body_that_breaks_off_is_told() -> None:
+def test_a_sized_body_that_breaks_off_is_rejected() -> None:
     body = Sized(5)
     assert body.feed(b"four") == b"four"
     with pytest.raises(Malformed):
@@ -151,9 +140,6 @@ def test_a_body_without_length_ends_with_the_connection(payload: bytes, cuts: li
     assert not body.done
     body.end()
     assert body.done
-
-
-# Which framing
 
 
 @pytest.mark.parametrize(
@@ -192,23 +178,20 @@ def test_the_headers_decide_the_framing(headers: list[tuple[str, str]], kind: ty
         [("Transfer-Encoding", "")],
     ],
 )
-def test_a_framing_in_doubt_is_refused(headers: list[tuple[str, str]]) -> None:
+def test_an_ambiguous_framing_is_rejected(headers: list[tuple[str, str]]) -> None:
     with pytest.raises(Malformed):
         body_for(*headers)
 
 
-def test_no_body_takes_nothing() -> None:
+def test_a_204_has_no_body() -> None:
     body = body_for(status=204)
     assert body.done
     assert body.feed(b"x") == b""
     assert body.excess
 
 
-# Heads
-
-
 @pytest.mark.parametrize("end", [b"\r\n", b"\n"])
-def test_a_head_is_parsed_with_the_names_as_they_came(end: bytes) -> None:
+def test_header_names_keep_their_case(end: bytes) -> None:
     lines = [b"HTTP/1.1 404 Not Here", b"X-oDD:  a b \t", b"X-Odd: c", b"Empty:", b"L: \xe9"]
     head = parse_head(end.join(lines))
     assert (head.status, head.reason) == (404, "Not Here")
@@ -230,13 +213,13 @@ def test_a_head_is_parsed_with_the_names_as_they_came(end: bytes) -> None:
         b"",
     ],
 )
-def test_a_bad_status_line_is_refused(line: bytes) -> None:
+def test_a_bad_status_line_is_rejected(line: bytes) -> None:
     with pytest.raises(Malformed):
         parse_head(line)
 
 
 @pytest.mark.parametrize("line", [b"A : b", b" folded", b"A", b": b", b"A: b\rc", b"A: \x00"])
-def test_a_bad_header_line_is_refused(line: bytes) -> None:
+def test_a_bad_header_line_is_rejected(line: bytes) -> None:
     with pytest.raises(Malformed):
         parse_head(b"HTTP/1.1 200 OK\r\nX: y\r\n" + line)
 
@@ -252,7 +235,9 @@ def test_a_bad_header_line_is_refused(line: bytes) -> None:
         (b"0", b"keep-alive", True),
     ],
 )
-def test_whether_the_connection_is_kept(version: bytes, connection: bytes, kept: bool) -> None:
+def test_the_version_and_the_connection_header_decide_whether_to_keep_it(
+    version: bytes, connection: bytes, kept: bool
+) -> None:
     head = parse_head(b"HTTP/1." + version + b" 200\r\nConnection: " + connection)
     assert head.keep_alive is kept
     assert head.reason == ""

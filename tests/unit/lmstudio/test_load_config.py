@@ -1,4 +1,4 @@
-"""loadConfig fields to LM Studio's KV fields and back."""
+"""``loadConfig`` converts to LM Studio's KV fields and back."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def sent(config: dict[str, Any], model_type: str = "llm") -> dict[str, Any]:
     return {field["key"]: field["value"] for field in to_kv(config, model_type)[0]}
 
 
-def test_the_table_below_has_every_field() -> None:
+def test_this_files_table_has_every_field() -> None:
     assert [row[0] for row in PLAIN] == [field.name for field in FIELDS]
 
 
 @pytest.mark.parametrize(("name", "value", "key", "form"), PLAIN)
-def test_a_field_goes_under_its_key_in_lm_studios_form_and_comes_back_plain(
+def test_a_field_converts_to_lm_studios_form_and_back(
     name: str, value: Any, key: str, form: Any
 ) -> None:
     fields, warnings = to_kv({name: value}, "llm")
@@ -77,7 +77,7 @@ def test_a_field_goes_under_its_key_in_lm_studios_form_and_comes_back_plain(
     assert from_kv(fields) == {name: value}
 
 
-def test_an_embedding_model_gets_its_own_keys_and_a_warning_for_what_it_lacks() -> None:
+def test_an_embedding_model_gets_its_own_keys_and_warnings_for_fields_it_lacks() -> None:
     config = {name: value for name, value, _, _ in PLAIN}
     fields, warnings = to_kv(config | {"gpu": {"ratio": 0.5}}, "embedding")
     assert {field["key"] for field in fields} == {
@@ -92,7 +92,7 @@ def test_an_embedding_model_gets_its_own_keys_and_a_warning_for_what_it_lacks() 
     assert set(from_kv(fields)) == EMBEDDING | {"gpu"}
 
 
-def test_a_cache_type_of_false_is_an_unchecked_box() -> None:
+def test_a_cache_type_of_false_is_an_unchecked_checkbox() -> None:
     key = "llm.load.llama.kCacheQuantizationType"
     assert sent({"llamaKCacheQuantizationType": False}) == {key: {"checked": False}}
     assert from_kv([{"key": key, "value": {"checked": False, "value": "f16"}}]) == {
@@ -101,26 +101,26 @@ def test_a_cache_type_of_false_is_an_unchecked_box() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 1, 1.0, "max", "off"])
-def test_a_gpu_ratio_goes_as_it_is(ratio: Any) -> None:
+def test_a_gpu_ratio_is_sent_as_it_is(ratio: Any) -> None:
     fields, warnings = to_kv({"gpu": {"ratio": ratio}}, "llm")
     assert fields == [{"key": "llm.load.llama.acceleration.offloadRatio", "value": ratio}]
     assert warnings == []
     assert from_kv(fields) == {"gpu": {"ratio": ratio}}
 
 
-def test_layers_beside_a_ratio_are_warned_about() -> None:
+def test_layers_beside_a_ratio_get_a_warning() -> None:
     fields, (warning,) = to_kv({"gpu": {"ratio": 0.5, "layers": 20}}, "llm")
     assert fields == [{"key": "llm.load.llama.acceleration.offloadRatio", "value": 0.5}]
     assert warning.startswith("gpu.layers: ")
 
 
-def test_no_layers_mean_the_ratio_0() -> None:
+def test_zero_layers_mean_a_ratio_of_0() -> None:
     fields, warnings = to_kv({"gpu": {"layers": 0}}, "llm")
     assert fields == [{"key": "llm.load.llama.acceleration.offloadRatio", "value": 0}]
     assert warnings == []
 
 
-def test_layers_alone_are_refused_with_the_reason() -> None:
+def test_layers_alone_are_rejected_with_the_reason() -> None:
     with pytest.raises(BadRequest) as caught:
         to_kv({"gpu": {"layers": 20}}, "llm")
     (detail,) = caught.value.details or []
@@ -139,7 +139,7 @@ def test_layers_alone_are_refused_with_the_reason() -> None:
         ({"disabledGpus": [2], "mainGpu": 0}, "priorityOrder", [0], [2]),
     ],
 )
-def test_the_split_fields_make_one_split_config_and_come_back(
+def test_the_split_fields_convert_to_one_split_config_and_back(
     gpu: dict[str, Any], strategy: str, priority: list[int], disabled: list[int]
 ) -> None:
     fields, warnings = to_kv({"gpu": gpu}, "llm")
@@ -155,7 +155,7 @@ def test_the_split_fields_make_one_split_config_and_come_back(
     assert differences({"gpu": gpu}, from_kv(fields)) == []
 
 
-def test_a_main_gpu_of_an_even_split_is_warned_about_once() -> None:
+def test_a_main_gpu_of_an_even_split_gets_one_warning() -> None:
     gpu = {"mainGpu": 1, "splitStrategy": "evenly"}
     fields, (warning,) = to_kv({"gpu": gpu}, "llm")
     assert warning.startswith("gpu.mainGpu: ")
@@ -167,7 +167,7 @@ def test_an_empty_config_sends_nothing() -> None:
     assert to_kv({}, "llm") == to_kv({"gpu": {}}, "llm") == ([], [])
 
 
-def test_unknown_keys_of_lm_studio_are_left_out_of_the_applied_config() -> None:
+def test_keys_that_only_lm_studio_knows_are_left_out_of_the_applied_config() -> None:
     fields = [
         {"key": "llm.load.llama.autoFit", "value": True},
         {"key": "llm.load.contextLength", "value": 4096},
@@ -177,7 +177,7 @@ def test_unknown_keys_of_lm_studio_are_left_out_of_the_applied_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "applied", "paths"),
+    ("requested", "applied", "paths"),
     [
         ({"contextLength": 8192}, {"contextLength": 8192}, []),
         ({"contextLength": 8192}, {"contextLength": 4096}, ["contextLength"]),
@@ -201,13 +201,13 @@ def test_unknown_keys_of_lm_studio_are_left_out_of_the_applied_config() -> None:
         ({"tryMmap": True}, {"tryMmap": 1}, []),
     ],
 )
-def test_every_field_that_was_not_applied_is_told(
-    wanted: dict[str, Any], applied: dict[str, Any], paths: list[str]
+def test_every_field_that_was_not_applied_gets_a_warning(
+    requested: dict[str, Any], applied: dict[str, Any], paths: list[str]
 ) -> None:
-    assert [text.partition(":")[0] for text in differences(wanted, applied)] == paths
+    assert [text.partition(":")[0] for text in differences(requested, applied)] == paths
 
 
-def test_a_difference_tells_both_values() -> None:
+def test_the_warning_names_both_values() -> None:
     (text,) = differences({"contextLength": 8192}, {"contextLength": 4096})
     assert "8192" in text
     assert "4096" in text

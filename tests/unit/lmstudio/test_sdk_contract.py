@@ -1,4 +1,4 @@
-"""The private names of the SDK that the link uses: a release that moves one fails here first."""
+"""The SDK has the private names that the gateway uses: if a release moves one, a test fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def llm() -> Iterator[Any]:
-    """An LLM session of a client, without any connection."""
+    """An LLM session of a client that is not connected."""
     with closing(lmstudio.Client("127.0.0.1:9")) as client:
         yield client.llm
 
@@ -30,7 +30,7 @@ def parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_the_sdk_is_the_pinned_one() -> None:
+def test_the_installed_sdk_is_the_pinned_version() -> None:
     assert lmstudio.__version__ == "1.5.0"
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -38,7 +38,7 @@ def test_the_sdk_is_the_pinned_one() -> None:
     assert "lmstudio==1.5.0" in (ROOT / "requirements.txt").read_text().split()
 
 
-def test_the_link_module_itself_is_the_only_user_of_the_sdk() -> None:
+def test_only_the_modules_of_the_link_use_the_sdk() -> None:
     users = [
         path.name
         for path in (ROOT / "gateway").rglob("*.py")
@@ -47,7 +47,7 @@ def test_the_link_module_itself_is_the_only_user_of_the_sdk() -> None:
     assert sorted(users) == ["link.py", "sdk.py", "sessions.py"]
 
 
-def test_the_bridge_is_made_connected_and_questioned_as_we_do() -> None:
+def test_the_bridge_has_the_signatures_and_properties_in_use() -> None:
     bridge = _ws_thread.SyncToAsyncWebsocketBridge
     assert parameters(bridge) == ["ws_thread", "ws_url", "auth_details", "log_context"]
     assert parameters(bridge.connect) == parameters(bridge.disconnect) == ["self"]
@@ -55,7 +55,7 @@ def test_the_bridge_is_made_connected_and_questioned_as_we_do() -> None:
         assert isinstance(inspect.getattr_static(bridge, name), property)
 
 
-def test_the_websocket_has_the_parts_that_ours_overrides() -> None:
+def test_the_websocket_has_what_our_subclass_overrides() -> None:
     websocket = sync_api.SyncLMStudioWebsocket
     assert parameters(websocket) == ["ws_thread", "ws_url", "auth_details", "log_context"]
     assert isinstance(inspect.getattr_static(websocket, "_httpx_ws"), property)
@@ -65,7 +65,7 @@ def test_the_websocket_has_the_parts_that_ours_overrides() -> None:
     assert "self._logger.event_context" in source
 
 
-def test_a_client_has_the_parts_that_we_reach_into() -> None:
+def test_a_client_has_the_private_attributes_in_use() -> None:
     with closing(lmstudio.Client("127.0.0.1:9")) as client:
         assert isinstance(client._ws_thread, _ws_thread.AsyncWebsocketThread)
         assert isinstance(client._auth_details, dict)
@@ -76,7 +76,7 @@ def test_a_client_has_the_parts_that_we_reach_into() -> None:
             assert callable(session.disconnect)
 
 
-def test_the_authentication_message_is_made_where_we_override_it() -> None:
+def test_the_authentication_message_is_created_by_the_method_we_override() -> None:
     class Client(lmstudio.Client):
         def _create_auth_message(self) -> Any:
             return self._format_auth_message("identifier", "passkey")
@@ -87,11 +87,11 @@ def test_the_authentication_message_is_made_where_we_override_it() -> None:
             "clientIdentifier": "identifier",
             "clientPasskey": "passkey",
         }
-        only_name = client._format_auth_message("guest:abc")
-        assert only_name["clientIdentifier"] == "guest:abc"
+        guest = client._format_auth_message("guest:abc")
+        assert guest["clientIdentifier"] == "guest:abc"
 
 
-def test_remote_calls_and_channels_are_made_as_we_do(llm: Any) -> None:
+def test_remote_calls_and_channels_have_the_signatures_in_use(llm: Any) -> None:
     assert parameters(llm.remote_call)[:2] == ["endpoint", "params"]
     assert "params.to_dict()" in inspect.getsource(sync_api) + inspect.getsource(json_api)
     assert parameters(llm._create_channel) == ["endpoint"]
@@ -102,7 +102,7 @@ def test_remote_calls_and_channels_are_made_as_we_do(llm: Any) -> None:
 
 
 @pytest.mark.parametrize("namespace", ["llm", "embedding"])
-def test_a_load_endpoint_has_a_place_for_our_fields(namespace: str) -> None:
+def test_a_load_endpoint_has_a_list_for_the_load_fields(namespace: str) -> None:
     with closing(lmstudio.Client("127.0.0.1:9")) as client:
         types = getattr(client, namespace)._API_TYPES
         endpoint: Any = json_api.LoadModelEndpoint(
@@ -124,7 +124,7 @@ def test_a_load_endpoint_has_a_place_for_our_fields(namespace: str) -> None:
     assert isinstance(layer["config"]["fields"], list)
 
 
-def test_a_ttl_is_given_in_seconds_and_none_means_none() -> None:
+def test_a_ttl_is_in_seconds_and_none_means_no_ttl() -> None:
     with closing(lmstudio.Client("127.0.0.1:9")) as client:
         types: Any = client.llm._API_TYPES
 
@@ -138,7 +138,7 @@ def test_a_ttl_is_given_in_seconds_and_none_means_none() -> None:
     assert ttl_ms(None) is None
 
 
-def test_the_errors_are_those_that_the_link_translates() -> None:
+def test_the_errors_are_those_that_the_link_converts() -> None:
     error = json_api.LMStudioServerError("text", {"title": "title", "displayData": {"code": "x"}})
     assert error._raw_error is not None
     assert error._raw_error["title"] == "title"
@@ -147,7 +147,7 @@ def test_the_errors_are_those_that_the_link_translates() -> None:
     assert parameters(lmstudio.set_sync_api_timeout) == ["timeout"]
 
 
-def test_the_sdk_logs_under_the_names_that_are_quietened() -> None:
+def test_the_sdk_logs_under_the_names_that_are_silenced() -> None:
     for name in NOISY_LOGGERS:
         if name[0].isupper():
             owner = getattr(_ws_thread, name, None) or getattr(sync_api, name)

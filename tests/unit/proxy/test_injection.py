@@ -1,4 +1,4 @@
-"""Injection: what is put into a body, and that nothing else of it changes."""
+"""Injection adds what a request lacks, and changes nothing else in its body."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sent(path: str, body: dict[str, Any], active: Active | None) -> Any:
     return json.loads(prepared(path, json.dumps(body).encode(), active).body)
 
 
-def refusal(path: str, body: bytes, active: Active | None = LLM) -> BadRequest:
+def rejection(path: str, body: bytes, active: Active | None = LLM) -> BadRequest:
     with pytest.raises(BadRequest) as caught:
         prepared(path, body, active)
     return caught.value
@@ -86,9 +86,7 @@ def test_only_the_injected_members_change(
 
 
 @given(members=st.dictionaries(NAMES, JSON_VALUES, max_size=5), form=FORMS)
-def test_with_nothing_to_inject_the_very_same_bytes_go_on(
-    members: dict[str, Any], form: Any
-) -> None:
+def test_a_body_that_lacks_nothing_is_sent_unchanged(members: dict[str, Any], form: Any) -> None:
     body = json.dumps({**members, "model": "named", "stream": False}, **form).encode()
     for path in ENDPOINTS:
         for active in (None, PLAIN):
@@ -96,9 +94,7 @@ def test_with_nothing_to_inject_the_very_same_bytes_go_on(
 
 
 @given(members=st.dictionaries(NAMES, JSON_VALUES, max_size=5), form=FORMS)
-def test_what_the_client_sent_wins_and_the_rest_is_filled_in(
-    members: dict[str, Any], form: Any
-) -> None:
+def test_the_clients_values_win_over_the_defaults(members: dict[str, Any], form: Any) -> None:
     members.pop("stream", None)
     result = prepared("/v1/responses", json.dumps(members, **form).encode(), LLM)
     defaults = {"temperature": 0.5, "max_output_tokens": 7, "top_p": 0.9, "stream": False}
@@ -131,7 +127,7 @@ EXPECTED["/v1/completions"] = EXPECTED[CHAT]
 
 
 @pytest.mark.parametrize("path", sorted(EXPECTED))
-def test_each_endpoint_gets_its_own_members(path: str) -> None:
+def test_each_endpoint_has_its_own_member_names(path: str) -> None:
     assert sent(path, {"x": 1}, LLM) == {"x": 1, "model": "instance", **EXPECTED[path]}
     assert sent(path, {}, PLAIN) == {"model": "key"}
     assert sent(path, {"model": "mine"}, LLM) == {"model": "mine", **EXPECTED[path]}
@@ -147,27 +143,27 @@ def test_a_member_that_the_client_sent_is_never_replaced(path: str, value: Any) 
 def test_embeddings_get_an_embedding_model_only() -> None:
     assert sent("/v1/embeddings", {"input": "x"}, EMBEDDER) == {"input": "x", "model": "embed-key"}
     for active in (LLM, None):
-        assert refusal("/v1/embeddings", b"{}", active).code == "no_active_model"
+        assert rejection("/v1/embeddings", b"{}", active).code == "no_active_model"
     body = b'{"model": "named", "input": "x"}'
     assert prepared("/v1/embeddings", body, LLM).body is body
 
 
 @pytest.mark.parametrize("path", sorted(ENDPOINTS))
 @pytest.mark.parametrize("body", [b"{}", b'{"model":null}', b'{"model":""}'])
-def test_no_model_at_all_is_told_with_the_way_out(path: str, body: bytes) -> None:
-    error = refusal(path, body, None)
+def test_a_request_without_any_model_is_rejected_with_advice(path: str, body: bytes) -> None:
+    error = rejection(path, body, None)
     assert (error.code, error.param, error.status) == ("no_active_model", "model", 400)
     assert "/admin/models/activate" in error.message
 
 
 @pytest.mark.parametrize("empty", [b"null", b'""', b' "" '])
-def test_an_empty_model_is_replaced_where_it_stands(empty: bytes) -> None:
+def test_an_empty_model_is_replaced_in_place(empty: bytes) -> None:
     body = b'{"a": "\xc3\xbc", "model": ' + empty + b' , "b": 2.50}'
     out = prepared(CHAT, body, PLAIN).body
     assert out == body.replace(empty.strip(), b'"key"')
 
 
-def test_max_completion_tokens_stands_in_for_max_tokens() -> None:
+def test_max_completion_tokens_prevents_max_tokens() -> None:
     assert "max_tokens" not in sent(CHAT, {"max_completion_tokens": 5}, LLM)
 
 
@@ -182,7 +178,7 @@ def test_max_completion_tokens_stands_in_for_max_tokens() -> None:
         (b'{"model":"a\\/b"}', "a/b", None),
     ],
 )
-def test_of_duplicates_and_escapes_the_meaning_counts(
+def test_duplicate_and_escaped_names_mean_what_they_mean_in_json(
     body: bytes, model: str, out: bytes | None
 ) -> None:
     result = prepared(CHAT, body, PLAIN)
@@ -244,8 +240,8 @@ def test_every_other_value_keeps_its_bytes(value: bytes) -> None:
     ],
     ids=lambda body: repr(body[:12]),
 )
-def test_what_is_no_json_object_in_utf8_is_told(body: bytes) -> None:
-    assert refusal(CHAT, body).code == "invalid_json"
+def test_a_body_that_is_not_a_json_object_in_utf8_is_rejected(body: bytes) -> None:
+    assert rejection(CHAT, body).code == "invalid_json"
 
 
 @pytest.mark.parametrize("odd", ['a"b\\c', "ü€😀", "tab\there", "\u2028", "\ud800"])
@@ -273,7 +269,9 @@ def test_any_name_of_the_active_model_arrives_as_valid_json(odd: str) -> None:
         (b"{}", None, False),
     ],
 )
-def test_usage_is_asked_for_when_the_client_did_not(body: bytes, out: Any, added: bool) -> None:
+def test_usage_is_requested_unless_the_client_requests_it(
+    body: bytes, out: Any, added: bool
+) -> None:
     for path in (CHAT, "/v1/completions"):
         result = prepared(path, body, PLAIN)
         assert result.added_usage is added
@@ -286,7 +284,7 @@ def test_usage_is_asked_for_when_the_client_did_not(body: bytes, out: Any, added
     assert prepared("/v1/responses", body, PLAIN).added_usage is False
 
 
-def test_an_injected_stream_counts_as_one() -> None:
+def test_an_injected_stream_member_makes_the_request_a_stream() -> None:
     result = prepared(CHAT, b'{"model":"m"}', Active("key", None, "llm", {"stream": True}))
     assert result.stream is result.added_usage is True
     assert result.asked_model == result.model == "m"

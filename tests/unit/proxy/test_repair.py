@@ -1,4 +1,4 @@
-"""LM Studio's errors, made what a client of the dialect expects."""
+"""LM Studio's errors become those that clients of the dialect expect."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gateway.proxy import repair
 UNEXPECTED = "Unexpected endpoint or method. (POST /v1/images/generations)"
 
 
-def hidden(body: Any) -> GatewayError | None:
+def embedded(body: Any) -> GatewayError | None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return repair.embedded_error(content)
 
 
-def wrapped(
+def wrapped_error(
     status: int, content: bytes, encoding: str | None = None, dialect: str = "openai"
 ) -> GatewayError | None:
     return repair.wrapped_error(status, content, encoding, dialect)
 
 
-def certain(error: GatewayError | None) -> GatewayError:
+def found(error: GatewayError | None) -> GatewayError:
     assert error is not None
     return error
 
@@ -48,7 +48,7 @@ def certain(error: GatewayError | None) -> GatewayError:
 def test_an_error_inside_a_200_is_found(body: Any, status: int, message: str, code: str) -> None:
     content = json.dumps(body).encode()
     assert repair.starts_like_error(content)
-    error = certain(hidden(content))
+    error = found(embedded(content))
     assert (error.status, error.message, error.code) == (status, message, code)
 
 
@@ -69,18 +69,18 @@ def test_an_error_inside_a_200_is_found(body: Any, status: int, message: str, co
     ],
     ids=lambda body: repr(body)[:30],
 )
-def test_a_good_answer_is_none(body: Any) -> None:
-    assert hidden(body) is None
+def test_a_regular_response_holds_no_error(body: Any) -> None:
+    assert embedded(body) is None
 
 
-def test_a_good_answer_does_not_start_like_an_error() -> None:
+def test_a_regular_response_does_not_start_like_an_error() -> None:
     for content in (b'{"id":"x","error":1}', b'{"errors":[]}', b"[]", b"", b'{"type":"message"}'):
         assert not repair.starts_like_error(content)
 
 
 def test_the_members_of_an_error_object_are_kept() -> None:
-    told = {"message": "Invalid model", "param": "model", "code": "model_not_found"}
-    error = certain(hidden({"error": told}))
+    fields = {"message": "Invalid model", "param": "model", "code": "model_not_found"}
+    error = found(embedded({"error": fields}))
     assert (error.param, error.code) == ("model", "model_not_found")
 
 
@@ -97,38 +97,38 @@ def test_the_members_of_an_error_object_are_kept() -> None:
         (b"caf\xe9", "caf\ufffd"),
     ],
 )
-def test_an_error_that_is_no_object_of_the_dialect_is_wrapped(content: bytes, message: str) -> None:
-    error = certain(wrapped(500, content))
+def test_an_error_body_that_no_dialect_knows_is_wrapped(content: bytes, message: str) -> None:
+    error = found(wrapped_error(500, content))
     assert (error.status, error.message) == (500, message)
 
 
-def test_an_error_object_of_the_dialect_stays_as_it_is() -> None:
+def test_an_error_object_of_the_dialect_is_left_as_it_is() -> None:
     openai = b'{"error":{"message":"x","type":"t","param":null,"code":null}}'
     anthropic = b'{"type":"error","error":{"type":"t","message":"x"}}'
-    assert wrapped(400, openai) is None
-    assert wrapped(400, anthropic, dialect="anthropic") is None
-    assert certain(wrapped(400, openai, dialect="anthropic")).message == "x"
+    assert wrapped_error(400, openai) is None
+    assert wrapped_error(400, anthropic, dialect="anthropic") is None
+    assert found(wrapped_error(400, openai, dialect="anthropic")).message == "x"
 
 
 @pytest.mark.parametrize(
     ("encoding", "encode"),
     [("gzip", gzip.compress), ("X-GZIP", gzip.compress), ("deflate", zlib.compress)],
 )
-def test_a_compressed_error_is_understood(encoding: str, encode: Any) -> None:
-    assert certain(wrapped(500, encode(b'{"error":"inner"}'), encoding)).message == "inner"
+def test_a_compressed_error_is_decoded(encoding: str, encode: Any) -> None:
+    assert found(wrapped_error(500, encode(b'{"error":"inner"}'), encoding)).message == "inner"
 
 
 @pytest.mark.parametrize("encoding", ["br", "gzip", "deflate", "zstd"])
-def test_an_error_in_an_unknown_or_broken_coding_stays_as_it_is(encoding: str) -> None:
-    assert wrapped(500, b"\x00not that coding", encoding) is None
+def test_an_error_in_an_unknown_or_broken_coding_is_left_as_it_is(encoding: str) -> None:
+    assert wrapped_error(500, b"\x00not that coding", encoding) is None
 
 
-def test_a_long_page_is_cut() -> None:
-    assert len(certain(wrapped(500, b"<p>" + b"word " * 10_000)).message) <= 2000
+def test_a_long_page_is_truncated() -> None:
+    assert len(found(wrapped_error(500, b"<p>" + b"word " * 10_000)).message) <= 2000
 
 
-def test_an_error_in_a_compressed_answer_is_found() -> None:
+def test_an_error_inside_a_compressed_200_is_found() -> None:
     error = repair.embedded_error(
         gzip.compress(b'{"error":"Unexpected endpoint or method."}'), "gzip"
     )
-    assert certain(error).status == 404
+    assert found(error).status == 404

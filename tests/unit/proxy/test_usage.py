@@ -1,9 +1,8 @@
-"""The tap on event streams: the same bytes, but for the usage chunk that nobody asked for."""
+"""The tap on event streams passes every byte but the usage chunk that the client did not want."""
 
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.proxy.usage import MAX_EVENT_BYTES, Tap, usages
 from gateway.sse import error_event
+from tests.arrivals import CUTS, arrivals
 
 
 def chunk(**members: Any) -> bytes:
@@ -41,16 +41,10 @@ EVENTS = st.lists(
     max_size=8,
 )
 ENDS = st.sampled_from([b"\n", b"\r\n"])
-CUTS = st.lists(st.integers(0, 100_000), max_size=40)
 
 
 def wire(events: list[bytes], end: bytes) -> bytes:
     return b"".join(event.replace(b"\n", end) + end * 2 for event in events)
-
-
-def arrivals(data: bytes, cuts: list[int]) -> list[bytes]:
-    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[start:end] for start, end in pairwise(edges)]
 
 
 def ends_an_event(data: bytes) -> bool:
@@ -58,7 +52,7 @@ def ends_an_event(data: bytes) -> bool:
 
 
 @given(EVENTS, ENDS, CUTS)
-def test_without_the_usage_chunk_the_stream_is_the_same(
+def test_the_stream_is_the_same_but_for_the_usage_chunk(
     events: list[bytes], end: bytes, cuts: list[int]
 ) -> None:
     tap = Tap(remove_usage=True)
@@ -73,15 +67,15 @@ def test_without_the_usage_chunk_the_stream_is_the_same(
 
 
 @given(EVENTS, ENDS)
-def test_byte_by_byte_gives_the_same(events: list[bytes], end: bytes) -> None:
+def test_arrivals_of_single_bytes_give_the_same_stream(events: list[bytes], end: bytes) -> None:
     data = wire(events, end)
     tap = Tap(remove_usage=True)
-    out = b"".join(tap.feed(data[place : place + 1]) for place in range(len(data)))
+    out = b"".join(tap.feed(data[at : at + 1]) for at in range(len(data)))
     assert out + tap.flush() == wire([event for event in events if event != USAGE_CHUNK], end)
 
 
 @given(EVENTS, ENDS, CUTS)
-def test_a_stream_that_is_only_listened_to_passes_byte_for_byte(
+def test_a_stream_that_is_only_read_passes_unchanged(
     events: list[bytes], end: bytes, cuts: list[int]
 ) -> None:
     tap = Tap(remove_usage=False)
@@ -96,7 +90,7 @@ def test_a_stream_that_is_only_listened_to_passes_byte_for_byte(
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_a_content_event_goes_on_before_it_has_ended(end: bytes) -> None:
+def test_a_content_event_is_passed_on_before_it_is_complete(end: bytes) -> None:
     tap = Tap(remove_usage=True)
     assert tap.feed(content("hello")) == content("hello")
     assert not tap.between_events
@@ -104,14 +98,14 @@ def test_a_content_event_goes_on_before_it_has_ended(end: bytes) -> None:
     assert tap.between_events
 
 
-def test_a_usage_chunk_that_the_stream_ended_in_is_removed_and_counted() -> None:
+def test_an_incomplete_usage_chunk_at_the_end_is_removed_and_counted() -> None:
     tap = Tap(remove_usage=True)
     assert tap.feed(content("a") + b"\n\n" + USAGE_CHUNK) == content("a") + b"\n\n"
     assert tap.flush() == b""
     assert tap.tokens == {"promptTokens": 5, "completionTokens": 7}
 
 
-def test_an_unfinished_other_event_is_handed_out_at_the_end() -> None:
+def test_any_other_incomplete_event_at_the_end_is_passed_on() -> None:
     tap = Tap(remove_usage=True)
     assert tap.feed(b"data: [DONE]") == b""
     assert tap.flush() == b"data: [DONE]"
@@ -119,7 +113,7 @@ def test_an_unfinished_other_event_is_handed_out_at_the_end() -> None:
 
 @pytest.mark.parametrize("remove", [True, False])
 @pytest.mark.parametrize("size", [1000, 65536])
-def test_a_huge_event_passes_unchanged_and_is_not_collected(remove: bool, size: int) -> None:
+def test_a_huge_event_passes_unchanged_and_is_not_buffered(remove: bool, size: int) -> None:
     event = b"data: " + b"x" * (2 * MAX_EVENT_BYTES) + b"\n\n"
     data = event + USAGE_CHUNK + b"\n\ndata: [DONE]\n\n"
     tap = Tap(remove_usage=remove)
@@ -154,15 +148,15 @@ def test_the_counts_of_all_dialects_are_found() -> None:
     ],
     ids=lambda payload: repr(payload[:30]),
 )
-def test_a_senseless_usage_counts_nothing_and_breaks_nothing(payload: bytes) -> None:
+def test_an_invalid_usage_counts_nothing_and_passes_unchanged(payload: bytes) -> None:
     assert all(found == {} for found in usages(payload))
     assert Tap(remove_usage=False).feed(b"data: " + payload + b"\n\n").endswith(payload + b"\n\n")
 
 
 def test_an_error_event_is_one_line_of_data() -> None:
-    told = {"error": {"message": "a\nb ü \ud800"}}
-    event = error_event(told)
+    payload = {"error": {"message": "a\nb ü \ud800"}}
+    event = error_event(payload)
     assert event.endswith(b"\n\n")
     assert event.count(b"\n") == 2
-    assert json.loads(event.removeprefix(b"data: ")) == told
-    assert error_event(told, named=True).startswith(b"event: error\ndata: ")
+    assert json.loads(event.removeprefix(b"data: ")) == payload
+    assert error_event(payload, named=True).startswith(b"event: error\ndata: ")
