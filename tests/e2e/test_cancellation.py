@@ -1,4 +1,4 @@
-"""A client that leaves ends its exchange in LM Studio within a second, and nobody else's."""
+"""A client that disconnects ends its exchange in LM Studio within a second, and no other."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.nginx import Nginx
 from tests.processes import Gateway, Simulator, eventually
 
 MODEL = "qwen2-1.5b-instruct"
-#: The contract's own limit, in ms.
+#: The time that the contract allows, in ms.
 LIMIT = 1000
 
-#: What the client waits for when it leaves: whether it streams, how LM Studio takes its time, and
+#: What the client waits for when it disconnects: whether it streams, where LM Studio pauses, and
 #: what the client has read by then.
 SITUATIONS = {
     "mid-stream": (True, {"X-Simulator-Pace-Ms": "50"}, b'"content":"2 "'),
@@ -30,7 +30,7 @@ SITUATIONS = {
     "plain-before-the-body": (False, {"X-Simulator-Head-Delay-Ms": "60000"}, b""),
     "head-before-the-stream": (True, {"X-Simulator-Head-Delay-Ms": "60000"}, b"\r\n\r\n"),
 }
-LEAVING: dict[str, Callable[[socket.socket], None]] = {
+WAYS: dict[str, Callable[[socket.socket], None]] = {
     "close": lambda client: client.close(),
     "half-close": lambda client: client.shutdown(socket.SHUT_WR),
 }
@@ -80,7 +80,7 @@ def front(request: pytest.FixtureRequest, server: str, way: str, simulator: Simu
     return lambda: connect(address)
 
 
-#: Through every front, under gunicorn; without an nginx, under gevent's own server too.
+#: Every front under gunicorn; those without nginx under gevent's own server too.
 every_front = pytest.mark.parametrize(
     ("server", "way"),
     [*(("gunicorn", name) for name in _FRONTS), ("gevent", "tcp"), ("gevent", "unix")],
@@ -111,7 +111,7 @@ def chat(stream: bool, headers: dict[str, str], count: int = 5000) -> bytes:
 
 
 def read_until(client: socket.socket, mark: bytes) -> bytes:
-    """What came, up to and including the arrival that completed ``mark``."""
+    """Read until ``mark`` has arrived; returns everything that has been read."""
     received = b""
     while mark not in received:
         piece = client.recv(65536)
@@ -124,47 +124,47 @@ def running(simulator: Simulator, count: int = 1) -> Callable[[], bool]:
     return lambda: len([r for r in simulator.requests() if r["outcome"] == "running"]) == count
 
 
-def assert_cancelled(simulator: Simulator, left: float) -> None:
-    """The only exchange ended, because its client left, within the limit."""
+def assert_cancelled(simulator: Simulator, gone_at: float) -> None:
+    """The only exchange ended within the limit, because its client disconnected at ``gone_at``."""
     eventually(running(simulator, 0), 5)
     (record,) = simulator.requests()
     assert record["outcome"] == "client_gone"
-    assert -5 <= record["endedMs"] - left * 1000 <= LIMIT
+    assert -5 <= record["endedMs"] - gone_at * 1000 <= LIMIT
 
 
 def assert_serves(connect: Connect) -> None:
     with closing(connect()) as client:
         client.sendall(chat(False, {"Connection": "close"}, 3))
-        answer = b""
+        response = b""
         while piece := client.recv(65536):
-            answer += piece
-    assert answer.startswith(b"HTTP/1.1 200 "), answer
-    assert b"1 2 3 " in answer
+            response += piece
+    assert response.startswith(b"HTTP/1.1 200 "), response
+    assert b"1 2 3 " in response
 
 
 @every_front
-@pytest.mark.parametrize("leave", LEAVING.values(), ids=LEAVING)
+@pytest.mark.parametrize("disconnect", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
-def test_a_client_that_leaves_ends_its_exchange(
+def test_a_client_that_disconnects_ends_its_exchange(
     simulator: Simulator,
     front: Connect,
     situation: tuple[bool, dict[str, str], bytes],
-    leave: Callable[[socket.socket], None],
+    disconnect: Callable[[socket.socket], None],
 ) -> None:
     stream, headers, seen = situation
     with closing(front()) as client:
         client.sendall(chat(stream, headers))
         eventually(running(simulator))
         read_until(client, seen)
-        left = time.time()
-        leave(client)
-        assert_cancelled(simulator, left)
+        gone_at = time.time()
+        disconnect(client)
+        assert_cancelled(simulator, gone_at)
     assert_serves(front)
 
 
 @pytest.mark.both_servers
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
-def test_a_client_that_pipelined_another_request_and_left_ends_its_exchange(
+def test_a_client_that_pipelines_a_request_and_disconnects_ends_its_exchange(
     simulator: Simulator, direct: Connect, situation: tuple[bool, dict[str, str], bytes]
 ) -> None:
     stream, headers, seen = situation
@@ -173,9 +173,9 @@ def test_a_client_that_pipelined_another_request_and_left_ends_its_exchange(
     eventually(running(simulator))
     client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: gateway\r\n\r\n")
     read_until(client, seen)
-    left = time.time()
+    gone_at = time.time()
     client.close()
-    assert_cancelled(simulator, left)
+    assert_cancelled(simulator, gone_at)
     assert_serves(direct)
 
 
@@ -187,13 +187,13 @@ def test_a_client_that_resets_its_connection_ends_its_exchange(
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     client.sendall(chat(False, {"X-Simulator-Prefill-Ms": "60000"}))
     eventually(running(simulator))
-    left = time.time()
+    gone_at = time.time()
     client.close()
-    assert_cancelled(simulator, left)
+    assert_cancelled(simulator, gone_at)
 
 
 @pytest.mark.both_servers
-def test_a_client_that_leaves_in_the_middle_of_its_upload_ends_its_exchange(
+def test_a_client_that_disconnects_during_its_upload_ends_its_exchange(
     simulator: Simulator, direct: Connect
 ) -> None:
     client = direct()
@@ -202,37 +202,37 @@ def test_a_client_that_leaves_in_the_middle_of_its_upload_ends_its_exchange(
         b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n--x\r\n"
     )
     eventually(running(simulator))
-    left = time.time()
+    gone_at = time.time()
     client.close()
-    assert_cancelled(simulator, left)
+    assert_cancelled(simulator, gone_at)
     assert_serves(direct)
 
 
 @every_front
-def test_a_client_that_waits_is_left_alone(simulator: Simulator, front: Connect) -> None:
-    with closing(front()) as client, closing(front()) as leaver:
+def test_a_client_that_waits_is_not_disturbed(simulator: Simulator, front: Connect) -> None:
+    with closing(front()) as client, closing(front()) as other:
         slow = {"X-Simulator-Prefill-Ms": "1500", "Connection": "close"}
         client.sendall(chat(False, slow, 3))
-        leaver.sendall(chat(False, slow, 3))
+        other.sendall(chat(False, slow, 3))
         eventually(running(simulator, 2))
-        leaver.close()
+        other.close()
         assert b"1 2 3 " in read_until(client, b"1 2 3 ")
     assert sorted(r["outcome"] for r in simulator.requests()) == ["client_gone", "complete"]
 
 
 @pytest.mark.both_servers
-def test_a_pipelined_request_is_answered_in_its_turn(simulator: Simulator, direct: Connect) -> None:
+def test_pipelined_requests_are_answered_in_order(simulator: Simulator, direct: Connect) -> None:
     with closing(direct()) as client:
         client.sendall(chat(False, {"X-Simulator-Prefill-Ms": "600"}, 3))
         eventually(running(simulator))
         client.sendall(chat(False, {}, 4))
-        answers = read_until(client, b"1 2 3 4 ")
-    assert answers.index(b"1 2 3 ") < answers.index(b"1 2 3 4 ")
+        responses = read_until(client, b"1 2 3 4 ")
+    assert responses.index(b"1 2 3 ") < responses.index(b"1 2 3 4 ")
     assert [r["outcome"] for r in simulator.requests()] == ["complete", "complete"]
 
 
 @pytest.mark.both_servers
-def test_clients_that_left_leave_no_socket_behind(
+def test_disconnected_clients_leave_no_socket_open(
     simulator: Simulator, launch: Callable[..., Gateway]
 ) -> None:
     gateway = launch()
@@ -251,7 +251,7 @@ def test_clients_that_left_leave_no_socket_behind(
 
 
 def sockets(gateway: Gateway) -> list[Any]:
-    """The workers' TCP connections, to clients and to LM Studio."""
+    """The workers' TCP connections to clients and to LM Studio."""
     found = []
     for worker in gateway.workers():
         found += psutil.Process(worker).net_connections("tcp")

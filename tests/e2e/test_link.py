@@ -1,4 +1,4 @@
-"""The connection to LM Studio's management side: lost, silent, crowded, and well again."""
+"""The link to LM Studio's management API: lost, silent, shared by many, and recovered."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Launch = Callable[..., Gateway]
 
 
 @pytest.fixture
-def fleeting() -> Iterator[list[Simulator]]:
-    """Simulators of a test's own; those that still run at its end are stopped."""
+def simulators() -> Iterator[list[Simulator]]:
+    """The list of a test's own simulators, which are stopped at its end."""
     started: list[Simulator] = []
     yield started
     for simulator in started:
@@ -33,54 +33,54 @@ def fleeting() -> Iterator[list[Simulator]]:
 
 
 def listing(gateway: Gateway) -> requests.Response:
-    """The listing over a connection of its own, for use in threads."""
+    """Request the listing over a new connection, for use in threads."""
     with requests.Session() as http:
         http.trust_env = False
         return http.get(f"{gateway.url}/admin/models", timeout=60)
 
 
 def statuses(gateway: Gateway, count: int) -> list[int]:
-    """The statuses of so many listings at once."""
+    """The statuses of ``count`` listings at the same time."""
     with ThreadPoolExecutor(count) as pool:
-        answers = [pool.submit(listing, gateway) for _ in range(count)]
-        return [answer.result().status_code for answer in answers]
+        responses = [pool.submit(listing, gateway) for _ in range(count)]
+        return [response.result().status_code for response in responses]
 
 
-def test_lm_studio_going_and_coming_back_needs_no_restart(
-    launch: Launch, fleeting: list[Simulator]
+def test_stopping_and_starting_lm_studio_needs_no_restart(
+    launch: Launch, simulators: list[Simulator]
 ) -> None:
     port = free_port()
-    fleeting.append(Simulator(port))
-    gateway = launch(fleeting[-1].url, SDK_RETRY_DELAY=50)
+    simulators.append(Simulator(port))
+    gateway = launch(simulators[-1].url, SDK_RETRY_DELAY=50)
     assert gateway.post("/admin/models/load", {"modelKey": SMALL}).status_code == 200
     for _ in range(2):
-        fleeting[-1].stop()
+        simulators[-1].stop()
         for method, path, body in (
             ("GET", "/admin/models", None),
             ("POST", "/admin/models/load", {"modelKey": SMALL}),
             ("POST", "/admin/models/unload", {"modelKey": SMALL}),
         ):
-            answer = gateway.http.request(method, gateway.url + path, json=body, timeout=30)
-            assert answer.status_code == 503, (method, path)
-            assert answer.json()["error"] == UNREACHABLE
-            assert answer.headers["Retry-After"]
+            response = gateway.http.request(method, gateway.url + path, json=body, timeout=30)
+            assert response.status_code == 503, (method, path)
+            assert response.json()["error"] == UNREACHABLE
+            assert response.headers["Retry-After"]
         assert gateway.get("/health").json()["status"] == "degraded"
         assert gateway.get("/health/ready").status_code == 503
-        fleeting.append(Simulator(port))
+        simulators.append(Simulator(port))
         assert gateway.post("/admin/models/load", {"modelKey": SMALL}).status_code == 200
         assert gateway.get("/health").json()["status"] == "ok"
         assert gateway.get("/health/ready").status_code == 200
 
 
-def test_activating_needs_no_lm_studio(launch: Launch, fleeting: list[Simulator]) -> None:
-    fleeting.append(Simulator())
-    gateway = launch(fleeting[-1].url, SDK_RETRY_DELAY=50)
-    fleeting[-1].stop()
+def test_activating_needs_no_lm_studio(launch: Launch, simulators: list[Simulator]) -> None:
+    simulators.append(Simulator())
+    gateway = launch(simulators[-1].url, SDK_RETRY_DELAY=50)
+    simulators[-1].stop()
     assert gateway.post("/admin/models/activate", {"modelKey": SMALL}).status_code == 200
     assert gateway.post("/admin/models/deactivate").status_code == 200
 
 
-def test_the_attempts_are_those_of_the_settings(launch: Launch) -> None:
+def test_the_number_of_attempts_is_a_setting(launch: Launch) -> None:
     gateway = launch(f"http://127.0.0.1:{free_port()}", SDK_MAX_ATTEMPTS=5, SDK_RETRY_DELAY=10)
     assert "after 5 attempts" in gateway.get("/admin/models").json()["error"]
 
@@ -90,42 +90,42 @@ def test_refused_websockets_are_503_while_inference_works(
 ) -> None:
     simulator.faults(refuse_websockets=True, drop_sockets=True)
     # the default pause between attempts is 2 s
-    answer = gateway.get("/admin/models")
-    assert (answer.status_code, answer.json()["error"]) == (503, UNREACHABLE)
+    response = gateway.get("/admin/models")
+    assert (response.status_code, response.json()["error"]) == (503, UNREACHABLE)
     assert gateway.post("/v1/chat/completions", CHAT).status_code == 200
     simulator.faults(refuse_websockets=False)
     assert gateway.get("/admin/models").status_code == 200
 
 
-def test_a_dropped_socket_heals_without_anybody_noticing(
+def test_after_a_lost_connection_the_next_request_succeeds(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     for _ in range(20):
         simulator.faults(drop_sockets=True)
-        answer = gateway.get("/admin/models")
-        assert answer.status_code == 200, answer.text
+        response = gateway.get("/admin/models")
+        assert response.status_code == 200, response.text
 
 
-def test_dropped_sockets_heal_under_concurrent_readers(
+def test_lost_connections_recover_under_concurrent_requests(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     for _ in range(20):
         with ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(listing, gateway) for _ in range(8)]
+            responses = [pool.submit(listing, gateway) for _ in range(8)]
             simulator.faults(drop_sockets=True)
-            assert [answer.result().status_code for answer in answers] == [200] * 8
+            assert [response.result().status_code for response in responses] == [200] * 8
 
 
-def test_a_load_whose_socket_drops_fails_and_the_next_one_works(
+def test_a_load_that_loses_its_connection_fails_and_the_next_one_works(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(gateway.post, "/admin/models/load", {"modelKey": SLOW})
         eventually(lambda: [one for one in simulator.state()["loads"] if one["progress"] > 0])
         simulator.faults(drop_sockets=True)
-        answer = slow.result(20)
-    assert answer.status_code == 503
-    assert answer.json()["error"]
+        response = slow.result(20)
+    assert response.status_code == 503
+    assert response.json()["error"]
     assert gateway.post("/admin/models/load", {"modelKey": SMALL}).status_code == 200
 
 
@@ -151,13 +151,13 @@ def test_silence_after_the_upgrade_is_503_within_its_deadline(
     assert gateway.get("/admin/models").status_code == 200
 
 
-def test_a_call_that_is_never_answered_is_504(gateway: Gateway, simulator: Simulator) -> None:
+def test_a_call_without_a_reply_is_504(gateway: Gateway, simulator: Simulator) -> None:
     assert gateway.get("/admin/models").status_code == 200
     simulator.faults(silent_rpc=True)
     begun = time.monotonic()
-    answer = gateway.get("/admin/models")
-    assert answer.status_code == 504
-    assert answer.json()["error"] == "LM Studio did not answer in time."
+    response = gateway.get("/admin/models")
+    assert response.status_code == 504
+    assert response.json()["error"] == "LM Studio did not answer in time."
     assert time.monotonic() - begun < 15
     simulator.faults(silent_rpc=False)
     assert gateway.get("/admin/models").status_code == 200
@@ -169,13 +169,13 @@ def test_health_answers_at_once_when_lm_studio_hangs(
     simulator.faults(silent_http=True)
     for _ in range(3):
         begun = time.monotonic()
-        told = gateway.get("/health").json()
+        health = gateway.get("/health").json()
         assert time.monotonic() - begun < 1
-        assert (told["status"], told["lmstudio"]["connected"]) == ("degraded", False)
-        assert told["lmstudio"]["error"]
+        assert (health["status"], health["lmstudio"]["connected"]) == ("degraded", False)
+        assert health["lmstudio"]["error"]
 
 
-def test_ten_first_users_share_one_socket_per_namespace(
+def test_ten_first_requests_share_one_connection_per_namespace(
     launch: Launch, simulator: Simulator
 ) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
@@ -187,7 +187,7 @@ def test_ten_first_users_share_one_socket_per_namespace(
     assert new == {"llm": 1, "embedding": 1, "system": 1}
 
 
-def test_ten_users_of_a_dead_lm_studio_share_the_attempts(launch: Launch) -> None:
+def test_ten_requests_to_a_dead_lm_studio_share_the_attempts(launch: Launch) -> None:
     gateway = launch(f"http://127.0.0.1:{free_port()}", WEB_CONCURRENCY=1, SDK_RETRY_DELAY=500)
     begun = time.monotonic()
     assert statuses(gateway, 10) == [503] * 10
@@ -212,7 +212,7 @@ def test_inference_goes_on_while_a_large_model_loads(launch: Launch, simulator: 
         assert load.result(30).status_code == 200
 
 
-def test_two_loads_run_side_by_side(launch: Launch, simulator: Simulator) -> None:
+def test_two_loads_run_at_the_same_time(launch: Launch, simulator: Simulator) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(gateway.post, "/admin/models/load", {"modelKey": SLOW})

@@ -1,4 +1,4 @@
-"""The way to LM Studio: API token, TLS, no proxies, and a log without the SDK's noise."""
+"""API token, TLS, ignored proxies, and a log without the SDK's messages."""
 
 from __future__ import annotations
 
@@ -46,81 +46,82 @@ def encrypted(tmp_path: Path, authority: trustme.CA) -> Iterator[Simulator]:
     simulator.stop()
 
 
-def works(gateway: Gateway) -> None:
+def assert_works(gateway: Gateway) -> None:
     """List, load and chat."""
     assert gateway.get("/admin/models").status_code == 200
     assert gateway.post("/admin/models/load", {"modelKey": SMALL}).status_code == 200
-    answer = gateway.post("/v1/chat/completions", CHAT)
-    assert answer.status_code == 200
-    assert answer.json()["choices"][0]["message"]["content"]
+    response = gateway.post("/v1/chat/completions", CHAT)
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"]
 
 
-def test_the_api_token_opens_both_sides(launch: Launch, guarded: Simulator) -> None:
+def test_the_api_token_is_accepted_by_http_and_websocket(
+    launch: Launch, guarded: Simulator
+) -> None:
     gateway = launch(guarded.url, LMSTUDIO_API_TOKEN=TOKEN)
-    works(gateway)
+    assert_works(gateway)
     assert set(guarded.state()["clients"]) == {"AbCdEf12"}
     assert gateway.get("/health").json()["status"] == "ok"
 
 
 @pytest.mark.parametrize("token", [WRONG, None])
-def test_a_wrong_or_missing_token_is_told_in_plain_words(
+def test_a_wrong_or_missing_token_is_reported_in_plain_words(
     launch: Launch, guarded: Simulator, token: str | None
 ) -> None:
     gateway = launch(guarded.url, LMSTUDIO_API_TOKEN=token, SDK_RETRY_DELAY=2000)
-    answer = gateway.get("/admin/models")
-    assert answer.status_code == 502
-    told = answer.json()["error"]
-    assert "LMSTUDIO_API_TOKEN" in told
+    response = gateway.get("/admin/models")
+    assert response.status_code == 502
+    assert "LMSTUDIO_API_TOKEN" in response.json()["error"]
     inference = gateway.post("/v1/chat/completions", CHAT | {"model": SMALL})
     assert inference.status_code == 401
-    for text in (answer.text, inference.text, gateway.logged()):
+    for text in (response.text, inference.text, gateway.logged()):
         assert WRONG not in text
         assert WRONG.partition(":")[2] not in text
         assert "Traceback" not in text
 
 
-def test_https_becomes_wss_with_a_certificate_that_is_checked(
+def test_https_becomes_wss_and_the_certificate_is_verified(
     launch: Launch, encrypted: Simulator, tmp_path: Path
 ) -> None:
     gateway = launch(encrypted.url, SSL_CERT_FILE=tmp_path / "ca.pem")
-    works(gateway)
+    assert_works(gateway)
     assert {"llm", "system"} <= set(encrypted.state()["socketsOpened"])
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-def test_a_certificate_of_nobody_or_for_another_name_is_refused(
+def test_an_untrusted_certificate_or_one_for_another_name_is_rejected(
     launch: Launch, encrypted: Simulator, tmp_path: Path, host: str
 ) -> None:
-    # known authority, but another name; or the right name of an unknown authority
+    # a trusted authority but another name, or the right name of an unknown authority
     authority = {"SSL_CERT_FILE": tmp_path / "ca.pem"} if host == "127.0.0.1" else {}
     gateway = launch(f"https://{host}:{encrypted.port}", SDK_RETRY_DELAY=10, **authority)
     assert gateway.get("/admin/models").status_code == 503
-    answer = gateway.post("/v1/chat/completions", CHAT | {"model": SMALL})
-    assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "lmstudio_unreachable"
+    response = gateway.post("/v1/chat/completions", CHAT | {"model": SMALL})
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "lmstudio_unreachable"
     assert encrypted.state()["socketsOpened"] == {}
     assert encrypted.requests() == []
     assert "Traceback" not in gateway.logged()
 
 
-def test_proxies_of_the_environment_divert_nothing(launch: Launch) -> None:
+def test_proxies_in_the_environment_are_ignored(launch: Launch) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "WS_PROXY", "WSS_PROXY")
     proxies = {name: nowhere for upper in names for name in (upper, upper.lower())}
-    works(launch(**proxies))
+    assert_works(launch(**proxies))
 
 
-def test_a_host_name_is_resolved_whatever_its_first_address_is(
+def test_a_host_name_works_whatever_its_first_address_is(
     launch: Launch, simulator: Simulator
 ) -> None:
-    works(launch(f"http://localhost:{simulator.port}/v1/"))
+    assert_works(launch(f"http://localhost:{simulator.port}/v1/"))
 
 
-def test_the_log_has_no_noise_of_the_sdk(launch: Launch, simulator: Simulator) -> None:
+def test_the_log_has_no_messages_of_the_sdk(launch: Launch, simulator: Simulator) -> None:
     gateway = launch(WEB_CONCURRENCY=1, SDK_RETRY_DELAY=10)
-    works(gateway)
+    assert_works(gateway)
     simulator.faults(drop_sockets=True)
-    works(gateway)
+    assert_works(gateway)
     assert gateway.post("/admin/models/load", {"modelKey": "no-such"}).status_code == 404
     assert gateway.post("/admin/models/load", {"modelKey": "deepseek-r1-671b"}).status_code == 502
     simulator.faults(drop_sockets=True, refuse_websockets=True)

@@ -23,7 +23,7 @@ Connect = Callable[..., openai.OpenAI]
 
 @pytest.fixture
 def connect() -> Iterator[Connect]:
-    """OpenAI clients for a gateway; they are closed with the test."""
+    """Create OpenAI clients for a gateway, which are closed at the end of the test."""
     clients: list[openai.OpenAI] = []
 
     def connected(gateway: Gateway, key: str = "any", base: str = "/v1") -> openai.OpenAI:
@@ -39,7 +39,7 @@ def connect() -> Iterator[Connect]:
 
 @pytest.fixture(params=["/v1", ""], ids=["v1", "shorthand"])
 def client(request: Any, gateway: Gateway, connect: Connect) -> openai.OpenAI:
-    """A client of the gateway with an active model, under either base URL."""
+    """A client of the gateway, which has an active model, with either base URL."""
     body = {"modelKey": SMALL, "defaultInference": {"maxTokens": 100}}
     assert gateway.post("/admin/models/activate", body).status_code == 200
     return connect(gateway, base=request.param)
@@ -52,14 +52,14 @@ def claude(gateway: Gateway) -> Iterator[anthropic.Anthropic]:
 
 
 def test_a_chat_without_a_model_gets_the_active_one(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="", messages=MESSAGES)
-    assert (answer.choices[0].message.content or "").strip() == COUNTED
-    assert answer.model == SMALL
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 5
+    response = client.chat.completions.create(model="", messages=MESSAGES)
+    assert (response.choices[0].message.content or "").strip() == COUNTED
+    assert response.model == SMALL
+    assert response.usage is not None
+    assert response.usage.completion_tokens == 5
 
 
-def test_a_streamed_chat_shows_only_what_was_asked_for(client: openai.OpenAI) -> None:
+def test_a_streamed_chat_has_no_usage_unless_requested(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(model="", messages=MESSAGES, stream=True))
     assert all(chunk.choices for chunk in chunks)
     assert all(chunk.usage is None for chunk in chunks)
@@ -68,7 +68,7 @@ def test_a_streamed_chat_shows_only_what_was_asked_for(client: openai.OpenAI) ->
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_a_streamed_chat_shows_usage_when_asked_for(client: openai.OpenAI) -> None:
+def test_a_streamed_chat_has_usage_when_requested(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model=SMALL, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
@@ -80,25 +80,25 @@ def test_a_streamed_chat_shows_usage_when_asked_for(client: openai.OpenAI) -> No
 
 
 def test_completions_plain_and_streamed(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model="", prompt="count to 5")
-    assert answer.choices[0].text.strip() == COUNTED
+    response = client.completions.create(model="", prompt="count to 5")
+    assert response.choices[0].text.strip() == COUNTED
     stream = client.completions.create(model="", prompt="count to 5", stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream).strip() == COUNTED
 
 
 def test_embeddings_in_the_clients_own_encoding(client: openai.OpenAI, gateway: Gateway) -> None:
-    answer = client.embeddings.create(model=EMBEDDING, input=["a", "b"])
-    assert [len(item.embedding) for item in answer.data] == [8, 8]
-    assert answer.data[0].embedding != answer.data[1].embedding
+    response = client.embeddings.create(model=EMBEDDING, input=["a", "b"])
+    assert [len(item.embedding) for item in response.data] == [8, 8]
+    assert response.data[0].embedding != response.data[1].embedding
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model="", input="a")
     assert (caught.value.code, caught.value.param) == ("no_active_model", "model")
 
 
 def test_responses_plain_and_streamed(client: openai.OpenAI) -> None:
-    answer = client.responses.create(model="", input="count to 5")
-    assert answer.output_text.strip() == COUNTED
-    assert answer.usage is not None
+    response = client.responses.create(model="", input="count to 5")
+    assert response.output_text.strip() == COUNTED
+    assert response.usage is not None
     events = list(client.responses.create(model="", input="count to 5", stream=True))
     assert events[0].type == "response.created"
     assert events[-1].type == "response.completed"
@@ -122,7 +122,7 @@ def test_lm_studios_errors_are_the_clients_exceptions(client: openai.OpenAI) -> 
         client.images.generate(prompt="a cat", model="")
 
 
-def test_no_active_model_is_told_to_the_client(gateway: Gateway, connect: Connect) -> None:
+def test_no_active_model_is_the_clients_exception(gateway: Gateway, connect: Connect) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         connect(gateway).chat.completions.create(model="", messages=MESSAGES)
     assert caught.value.code == "no_active_model"
@@ -132,10 +132,10 @@ def test_keys_and_roles_are_the_clients_exceptions(
     launch: Callable[..., Gateway], connect: Connect
 ) -> None:
     gateway = launch(GATEWAY_API_KEY="app:user", GATEWAY_ADMIN_KEY="ops:root", WEB_CONCURRENCY=1)
-    with pytest.raises(openai.AuthenticationError) as refused:
+    with pytest.raises(openai.AuthenticationError) as caught:
         connect(gateway, "wrong").models.list()
-    assert refused.value.code == "invalid_api_key"
-    assert refused.value.request_id
+    assert caught.value.code == "invalid_api_key"
+    assert caught.value.request_id
     for key in ("user", "root"):
         assert connect(gateway, key).models.retrieve(SMALL).id == SMALL
 
@@ -144,9 +144,9 @@ def test_native_paths_are_for_admin_keys(
     launch: Callable[..., Gateway], connect: Connect, simulator: Simulator
 ) -> None:
     gateway = launch(GATEWAY_API_KEY="app:user", GATEWAY_ADMIN_KEY="ops:root", WEB_CONCURRENCY=1)
-    with pytest.raises(openai.PermissionDeniedError) as forbidden:
+    with pytest.raises(openai.PermissionDeniedError) as caught:
         connect(gateway, "user", "/api/v0").models.list()
-    assert forbidden.value.code == "admin_key_required"
+    assert caught.value.code == "admin_key_required"
     assert connect(gateway, "root", "/api/v0").models.list().data
     sent = dict(simulator.last_request()["headers"])
     assert not {"authorization", "x-api-key"} & {name.lower() for name in sent}
@@ -158,10 +158,10 @@ def test_anthropic_messages_plain_and_streamed(
     activated = {"modelKey": SMALL}
     assert gateway.post("/admin/models/activate", activated).status_code == 200
     message: Any = {"role": "user", "content": "count to 5"}
-    answer = claude.messages.create(model="", max_tokens=100, messages=[message])
-    assert answer.content[0].type == "text"
-    assert answer.content[0].text.strip() == COUNTED
-    assert answer.usage.output_tokens == 5
+    response = claude.messages.create(model="", max_tokens=100, messages=[message])
+    assert response.content[0].type == "text"
+    assert response.content[0].text.strip() == COUNTED
+    assert response.usage.output_tokens == 5
     with claude.messages.stream(model="", max_tokens=100, messages=[message]) as stream:
         assert "".join(stream.text_stream).strip() == COUNTED
         assert stream.get_final_message().usage.output_tokens == 5

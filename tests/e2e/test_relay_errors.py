@@ -1,4 +1,4 @@
-"""LM Studio's errors, as the openai and the anthropic package raise them."""
+"""LM Studio's errors, as the openai and anthropic packages raise them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ CRASH = "The model has crashed without additional information. (Exit code: 6)"
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 @pytest.mark.parametrize("fault", ["close-before-head", "garbage-head"])
-def test_lmstudio_breaks_the_exchange_before_answering(
+def test_lmstudio_breaks_off_the_exchange_before_responding(
     sdk: Callable[..., Any], strict: Gateway, simulator: Simulator, fault: str, stream: bool
 ) -> None:
-    asking = sdk(strict)
-    error = asking.raised(502, lambda: asking.ask(fault, stream=stream), "bad_gateway")
+    client = sdk(strict)
+    error = client.raised(502, lambda: client.ask(fault, stream=stream), "bad_gateway")
     assert "LM Studio broke off the exchange" in str(error)
     assert len(simulator.requests()) == 1
 
 
 @pytest.mark.parametrize("delay", ["Prefill", "Head-Delay"])
 def test_proxy_timeout(sdk: Callable[..., Any], strict: Gateway, delay: str) -> None:
-    asking = sdk(strict)
+    client = sdk(strict)
     slow = {f"X-Simulator-{delay}-Ms": "30000"}
-    error = asking.raised(504, lambda: asking.ask(headers=slow), "upstream_timeout")
+    error = client.raised(504, lambda: client.ask(headers=slow), "upstream_timeout")
     assert "in time" in str(error)
 
 
@@ -38,49 +38,49 @@ def test_proxy_timeout(sdk: Callable[..., Any], strict: Gateway, delay: str) -> 
 def test_an_error_inside_a_200(
     sdk: Callable[..., Any], strict: Gateway, fault: str, stream: bool
 ) -> None:
-    asking = sdk(strict)
-    error = asking.raised(400, lambda: asking.ask(fault, stream=stream))
+    client = sdk(strict)
+    error = client.raised(400, lambda: client.ask(fault, stream=stream))
     assert CRASH in str(error)
 
 
 def test_context_overflow(sdk: Callable[..., Any], strict: Gateway) -> None:
-    asking = sdk(strict)
+    client = sdk(strict)
     long = [{"role": "user", "content": "word " * 5000}]
-    error = asking.raised(400, lambda: asking.ask(messages=long))
+    error = client.raised(400, lambda: client.ask(messages=long))
     assert "greater than the context length" in str(error)
 
 
 def test_unknown_endpoint(sdk: Callable[..., Any], strict: Gateway) -> None:
-    asking = sdk(strict)
-    error = asking.raised(404, lambda: asking.post(b'{"model": "m"}', "/v1/nothing/here"))
+    client = sdk(strict)
+    error = client.raised(404, lambda: client.post(b'{"model": "m"}', "/v1/nothing/here"))
     assert "Unexpected endpoint or method. (POST /v1/nothing/here)" in str(error)
     assert error.response.json()["error"]["code"]
 
 
-def test_unknown_model_keeps_lmstudios_own_words(sdk: Callable[..., Any], strict: Gateway) -> None:
-    asking = sdk(strict)
-    error = asking.raised(400, lambda: asking.ask(model="no-such-model"))
+def test_unknown_model_keeps_lmstudios_message(sdk: Callable[..., Any], strict: Gateway) -> None:
+    client = sdk(strict)
+    error = client.raised(400, lambda: client.ask(model="no-such-model"))
     assert 'Invalid model identifier "no-such-model"' in str(error)
-    if asking.dialect == "openai":
+    if client.dialect == "openai":
         assert (error.code, error.param) == ("model_not_found", "model")
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("refuse-500", "500 Internal Server Error"), ("error-string-500", CRASH)]
+    ("fault", "message"), [("refuse-500", "500 Internal Server Error"), ("error-string-500", CRASH)]
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-def test_an_error_that_is_no_error_object_is_wrapped(
-    sdk: Callable[..., Any], strict: Gateway, fault: str, words: str, stream: bool
+def test_an_error_body_that_is_not_an_error_object_is_wrapped(
+    sdk: Callable[..., Any], strict: Gateway, fault: str, message: str, stream: bool
 ) -> None:
-    asking = sdk(strict)
-    error = asking.raised(500, lambda: asking.ask(fault, stream=stream))
-    assert words in str(error)
+    client = sdk(strict)
+    error = client.raised(500, lambda: client.ask(fault, stream=stream))
+    assert message in str(error)
     assert "<" not in error.response.text
 
 
 def test_rate_limit_keeps_its_retry_after(sdk: Callable[..., Any], strict: Gateway) -> None:
-    asking = sdk(strict)
-    error = asking.raised(429, lambda: asking.ask("status-429"))
+    client = sdk(strict)
+    error = client.raised(429, lambda: client.ask("status-429"))
     assert "Too many requests." in str(error)
     assert error.response.headers["retry-after"] == "1"
 
@@ -89,18 +89,18 @@ def test_rate_limit_keeps_its_retry_after(sdk: Callable[..., Any], strict: Gatew
 def test_an_error_in_the_middle_of_a_stream(
     sdk: Callable[..., Any], strict: Gateway, fault: str
 ) -> None:
-    asking = sdk(strict)
-    with pytest.raises(asking.package.APIError) as caught:
-        list(asking.ask(fault, stream=True))
-    words = "LM Studio broke off the stream" if fault == "break-stream" else "crashed"
-    assert words in str(caught.value) or words in str(caught.value.body)
+    client = sdk(strict)
+    with pytest.raises(client.package.APIError) as caught:
+        list(client.ask(fault, stream=True))
+    message = "LM Studio broke off the stream" if fault == "break-stream" else "crashed"
+    assert message in str(caught.value) or message in str(caught.value.body)
 
 
 @pytest.mark.parametrize("sdk", ["openai"], indirect=True)
-def test_an_error_without_a_name_in_the_middle_of_a_stream(
+def test_an_error_event_without_a_type_in_the_middle_of_a_stream(
     sdk: Callable[..., Any], strict: Gateway
 ) -> None:
-    asking = sdk(strict)
-    with pytest.raises(asking.package.APIError) as caught:
-        list(asking.ask("error-in-stream-data", stream=True))
+    client = sdk(strict)
+    with pytest.raises(client.package.APIError) as caught:
+        list(client.ask("error-in-stream-data", stream=True))
     assert CRASH in str(caught.value.body)

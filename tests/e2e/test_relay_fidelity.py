@@ -1,4 +1,4 @@
-"""Requests arrive in LM Studio as they were sent, but for what belongs to the connection."""
+"""Requests reach LM Studio as they were sent, except for what belongs to the connection."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def send(
     headers: list[tuple[str, str]] | None = None,
     body: bytes | Iterator[bytes] = b"",
 ) -> tuple[http.client.HTTPResponse, bytes]:
-    """One request, nothing added to it but its framing; the answer and its body."""
+    """Send a request without what http.client adds to it; returns the response and its body."""
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
     connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
     given_headers = [("Host", "front.example"), *(headers or [])]
@@ -47,10 +47,10 @@ def send(
         connection.endheaders(body, encode_chunked=True)
     else:
         connection.endheaders(body or None)
-    answer = connection.getresponse()
-    content = answer.read()
+    response = connection.getresponse()
+    content = response.read()
     connection.close()
-    return answer, content
+    return response, content
 
 
 def headers_of(record: dict[str, Any]) -> dict[str, str]:
@@ -95,7 +95,7 @@ def test_a_chat_with_a_model_arrives_byte_for_byte(
 
 @EXAMPLES
 @given(query=QUERIES, value=VALUES, name=st.text(string.ascii_lowercase + "-", max_size=20))
-def test_any_query_and_header_value_arrives(
+def test_any_query_and_header_value_arrive(
     shared_gateway: Gateway, shared_simulator: Simulator, query: str, value: str, name: str
 ) -> None:
     name = f"x-test-{name}"
@@ -110,14 +110,14 @@ def test_any_query_and_header_value_arrives(
 )
 def test_any_method_arrives(gateway: Gateway, simulator: Simulator, method: str) -> None:
     body = b"some bytes" if method in ("PUT", "PATCH", "PROPFIND", "FOO", "POST", "DELETE") else b""
-    answer, content = send(gateway, method, "/v1/some/thing?a=1", body=body)
+    response, content = send(gateway, method, "/v1/some/thing?a=1", body=body)
     record = simulator.last_request()
     assert (record["method"], record["target"]) == (method, "/v1/some/thing?a=1")
     assert record["body"] == body
     if method == "HEAD":
         assert content == b""
     else:
-        assert answer.status == 404
+        assert response.status == 404
         assert (
             f"Unexpected endpoint or method. ({method} " in json.loads(content)["error"]["message"]
         )
@@ -137,12 +137,12 @@ def test_shorthand_paths_go_to_v1(gateway: Gateway, simulator: Simulator, path: 
 
 @pytest.mark.parametrize("prefix", ["/v1/models/", "/models/"])
 @pytest.mark.parametrize("model", ["publisher%2fmodel-with-slash", "publisher%2Fmodel-with-slash"])
-def test_an_encoded_slash_in_a_model_id_arrives_as_it_came(
+def test_an_encoded_slash_in_a_model_id_arrives_unchanged(
     gateway: Gateway, simulator: Simulator, prefix: str, model: str
 ) -> None:
-    answer, content = send(gateway, "GET", prefix + model)
+    response, content = send(gateway, "GET", prefix + model)
     assert simulator.last_request()["target"] == f"/v1/models/{model}"
-    assert answer.status == 200
+    assert response.status == 200
     assert json.loads(content)["id"] == unquote_to_bytes(model).decode()
 
 
@@ -160,26 +160,26 @@ def test_a_path_never_escapes(gateway: Gateway, simulator: Simulator, target: st
     request = f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
         client.sendall(request.encode())
-        answer = b""
+        response = b""
         while piece := client.recv(65536):
-            answer += piece
-    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 404 ")), answer
-    assert b'"error"' in answer
+            response += piece
+    assert response.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 404 ")), response
+    assert b'"error"' in response
     assert simulator.requests() == []
 
 
 def test_an_absolute_target_goes_to_lmstudio_and_nowhere_else(
     gateway: Gateway, simulator: Simulator
 ) -> None:
-    answer, _ = send(gateway, "GET", "http://evil.example/v1/models?x=1")
-    assert answer.status == 200
+    response, _ = send(gateway, "GET", "http://evil.example/v1/models?x=1")
+    assert response.status == 200
     record = simulator.last_request()
     assert record["target"] == "/v1/models?x=1"
     assert headers_of(record)["host"] == simulator.url.removeprefix("http://")
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
-def test_a_large_upload_is_not_held_in_memory(
+def test_a_large_upload_is_not_buffered(
     simulator: Simulator, launch: Callable[..., Gateway], chunked: bool
 ) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
@@ -191,18 +191,18 @@ def test_a_large_upload_is_not_held_in_memory(
     whole = block * (20 * MIB // len(block))
     peak = 0
 
-    def watched() -> Iterator[bytes]:
+    def measured() -> Iterator[bytes]:
         nonlocal peak
         for piece in upload:
             peak = max(peak, worker.memory_info().rss)
             yield piece
 
     if chunked:
-        send(gateway, "POST", "/v1/audio/transcriptions", body=watched())
+        send(gateway, "POST", "/v1/audio/transcriptions", body=measured())
     else:
         length = [("Content-Length", str(len(whole)))]
         connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
-        connection.request("POST", "/v1/audio/transcriptions", watched(), dict(length))
+        connection.request("POST", "/v1/audio/transcriptions", measured(), dict(length))
         connection.getresponse().read()
         connection.close()
     record = simulator.last_request()

@@ -1,4 +1,4 @@
-"""Headers, framing and content codings, both ways."""
+"""Headers, framing and content codings, in both directions."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def ask(gateway: Gateway, headers: dict[str, str]) -> tuple[http.client.HTTPResp
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
     try:
         connection.request("POST", "/v1/chat/completions", CHAT, headers)
-        answer = connection.getresponse()
-        return answer, answer.read()
+        response = connection.getresponse()
+        return response, response.read()
     finally:
         connection.close()
 
 
 def received(simulator: Simulator) -> dict[str, str]:
-    """The headers that LM Studio received, each of them once."""
+    """The headers that LM Studio received, none of them twice."""
     pairs = simulator.last_request()["headers"]
     found = {name.lower(): value for name, value in pairs}
     assert len(found) == len(pairs)
     return found
 
 
-def test_hop_by_hop_headers_and_those_named_in_connection_end_here(
+def test_hop_by_hop_headers_and_those_named_in_connection_are_dropped(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     hops = {
@@ -54,15 +54,15 @@ def test_hop_by_hop_headers_and_those_named_in_connection_end_here(
     ask(gateway, hops)
     found = received(simulator)
     assert found["x-kept"] == "yes"
-    gone = {name.lower() for name in hops} - {"x-kept", "connection"}
-    assert not gone & set(found)
+    dropped = {name.lower() for name in hops} - {"x-kept", "connection"}
+    assert not dropped & set(found)
     assert "hop" not in found.get("connection", "").lower()
 
 
-def test_lmstudios_hop_by_hop_headers_end_here_and_the_others_arrive(
+def test_lmstudios_hop_by_hop_headers_are_dropped_and_the_others_relayed(
     launch: Callable[..., Gateway],
 ) -> None:
-    answer = (
+    response = (
         b"HTTP/1.1 201 Made It\r\nContent-Length: 2\r\nConnection: X-Hop, close\r\nX-Hop: 1\r\n"
         b"Keep-Alive: timeout=5\r\nProxy-Authenticate: Basic\r\nTrailer: X-Sum\r\n"
         b"Upgrade: h2c\r\nX-Kept: a\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n"
@@ -75,7 +75,7 @@ def test_lmstudios_hop_by_hop_headers_end_here_and_the_others_arrive(
             upstream, _ = listener.accept()
             with upstream:
                 upstream.recv(65536)
-                upstream.sendall(answer)
+                upstream.sendall(response)
                 relayed = http.client.HTTPResponse(client)
                 relayed.begin()
                 assert relayed.read() == b"ok"
@@ -89,11 +89,11 @@ def test_lmstudios_hop_by_hop_headers_end_here_and_the_others_arrive(
     assert relayed.headers["ETag"] == 'W/"1"'
 
 
-def test_secrets_never_arrive(strict: Gateway, simulator: Simulator) -> None:
+def test_secrets_never_reach_lmstudio(strict: Gateway, simulator: Simulator) -> None:
     key = "inference-key-0123456789"
     secrets = {"Authorization": f"Bearer {key}", "X-API-Key": key, "Cookie": "session=hidden"}
-    answer, _ = ask(strict, secrets)
-    assert answer.status == 200
+    response, _ = ask(strict, secrets)
+    assert response.status == 200
     record = simulator.last_request()
     assert not {name.lower() for name in secrets} & set(received(simulator))
     assert key not in json.dumps(record["headers"])
@@ -132,7 +132,7 @@ def test_an_untrusted_peers_forwarded_headers_are_replaced(
     assert "666" not in found.get("x-forwarded-port", "")
 
 
-def test_a_trusted_proxys_forwarded_headers_are_continued(
+def test_a_trusted_proxys_forwarded_headers_are_extended(
     simulator: Simulator, launch: Callable[..., Gateway]
 ) -> None:
     ask(launch(TRUSTED_PROXIES="127.0.0.1/32", WEB_CONCURRENCY=1), FORGED)
@@ -142,19 +142,19 @@ def test_a_trusted_proxys_forwarded_headers_are_continued(
     assert found["x-forwarded-host"] == "evil.example"
 
 
-def test_a_compressed_answer_is_relayed_as_it_is(gateway: Gateway, simulator: Simulator) -> None:
+def test_a_compressed_response_is_relayed_unchanged(gateway: Gateway, simulator: Simulator) -> None:
     gzipped = {"Accept-Encoding": "gzip", "X-Simulator-Fault": "gzip"}
-    answer, content = ask(gateway, gzipped)
+    response, content = ask(gateway, gzipped)
     record = simulator.last_request()
     assert received(simulator)["accept-encoding"] == "gzip"
-    assert answer.status == 200
-    assert answer.getheader("Content-Encoding") == "gzip"
-    assert answer.getheader("Content-Length") == str(len(content))
+    assert response.status == 200
+    assert response.getheader("Content-Encoding") == "gzip"
+    assert response.getheader("Content-Length") == str(len(content))
     assert content == record["sent"]
     assert json.loads(gzip.decompress(content))
 
 
-def test_a_compressed_request_is_passed_on(gateway: Gateway, simulator: Simulator) -> None:
+def test_a_compressed_request_is_relayed_unchanged(gateway: Gateway, simulator: Simulator) -> None:
     body = gzip.compress(CHAT)
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
     gateway.http.post(gateway.url + "/v1/chat/completions", data=body, headers=headers, timeout=30)
@@ -162,21 +162,23 @@ def test_a_compressed_request_is_passed_on(gateway: Gateway, simulator: Simulato
     assert received(simulator)["content-encoding"] == "gzip"
 
 
-def test_a_large_answer_is_the_same_bytes(gateway: Gateway, simulator: Simulator) -> None:
-    answer, content = ask(gateway, {"X-Simulator-Fault": "big-answer"})
+def test_a_large_response_is_relayed_unchanged(gateway: Gateway, simulator: Simulator) -> None:
+    response, content = ask(gateway, {"X-Simulator-Fault": "big-answer"})
     record = simulator.last_request()
-    assert answer.getheader("Content-Length") == dict(record["sentHeaders"])["Content-Length"]
+    assert response.getheader("Content-Length") == dict(record["sentHeaders"])["Content-Length"]
     assert content.startswith(record["sent"])
     assert json.loads(content)["choices"][0]["message"]["content"] == "word " * ((5 << 20) // 5)
 
 
-def test_an_answer_without_a_length_is_complete(gateway: Gateway, simulator: Simulator) -> None:
-    answer, content = ask(gateway, {"X-Simulator-Fault": "no-length"})
-    assert answer.getheader("Content-Length") is None
+def test_a_response_without_a_length_is_complete(gateway: Gateway, simulator: Simulator) -> None:
+    response, content = ask(gateway, {"X-Simulator-Fault": "no-length"})
+    assert response.getheader("Content-Length") is None
     assert content == simulator.last_request()["sent"]
 
 
-def test_a_broken_plain_answer_looks_broken(gateway: Gateway, simulator: Simulator) -> None:
+def test_clients_notice_that_a_plain_response_broke_off(
+    gateway: Gateway, simulator: Simulator
+) -> None:
     with pytest.raises(http.client.IncompleteRead) as caught:
         ask(gateway, {"X-Simulator-Fault": "break-plain"})
     assert caught.value.partial == simulator.last_request()["sent"]
@@ -184,20 +186,20 @@ def test_a_broken_plain_answer_looks_broken(gateway: Gateway, simulator: Simulat
 
 @pytest.mark.parametrize("fault", ["", "no-length"])
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-def test_an_http_1_0_client_gets_an_answer_without_chunks(
+def test_an_http_1_0_client_gets_no_chunks(
     gateway: Gateway, simulator: Simulator, fault: str, stream: bool
 ) -> None:
     body: Any = {**json.loads(CHAT), "stream": stream, "stream_options": {"include_usage": True}}
     content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(content)}\r\n"
-    head += f"X-Simulator-Fault: {fault}\r\n\r\n" if fault else "\r\n"
+    request = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(content)}\r\n"
+    request += f"X-Simulator-Fault: {fault}\r\n\r\n" if fault else "\r\n"
     with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
-        client.sendall(head.encode() + content)
-        answer = b""
+        client.sendall(request.encode() + content)
+        response = b""
         while piece := client.recv(65536):
-            answer += piece
-    told, _, payload = answer.partition(b"\r\n\r\n")
-    assert b"transfer-encoding" not in told.lower()
+            response += piece
+    head, _, payload = response.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
     assert payload == simulator.last_request()["sent"]
 
 
@@ -208,6 +210,6 @@ def test_the_native_api_needs_the_admin_key(
     admin = {"Authorization": "Bearer admin-key-0123456789abc"}
     assert strict.get("/api/v1/models?x=1", headers=admin).json()["models"]
     assert simulator.last_request()["target"] == "/api/v1/models?x=1"
-    refused = strict.get("/api/v0/models", headers={"Authorization": f"Bearer {key}"})
-    assert refused.status_code == status
+    rejected = strict.get("/api/v0/models", headers={"Authorization": f"Bearer {key}"})
+    assert rejected.status_code == status
     assert len(simulator.requests()) == 1

@@ -1,6 +1,6 @@
-"""Long silences: comments between events, and streams that are answered before LM Studio is.
+"""Long silences get comments between events, and responses that begin before LM Studio's.
 
-Each case takes longer than ten seconds, so all of them run at once before the first test.
+Each case takes longer than ten seconds, so all of them run at the same time, before the first test.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ FAILED = [name for name in CASES if name.startswith(("late-5", "late-2", "late-4
 
 
 @dataclass
-class Seen:
-    """One answer: its head, its pieces and when they came (seconds after the request)."""
+class Observed:
+    """A response: its head, its pieces and when they arrived (seconds after the request)."""
 
     status: int = 0
     headers: http.client.HTTPMessage = field(default_factory=http.client.HTTPMessage)
-    head_came: float = 0.0
+    head_arrived: float = 0.0
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
 
     @property
@@ -60,10 +60,10 @@ class Seen:
 
 
 class HalfEvent:
-    """An LM Studio that falls silent in the middle of an event, and of a character."""
+    """An LM Studio that pauses in the middle of an event, and of a character."""
 
     EVENT = 'data: {"choices":[{"index":0,"delta":{"content":"hä"}}]}\n\n'.encode()
-    AT = EVENT.index("ä".encode()) + 1
+    PAUSE_AT = EVENT.index("ä".encode()) + 1
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -78,17 +78,17 @@ class HalfEvent:
             head = (
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
             )
-            connection.sendall(head + self.EVENT + self.EVENT[: self.AT])
+            connection.sendall(head + self.EVENT + self.EVENT[: self.PAUSE_AT])
             time.sleep(LONG + 1.5)
-            connection.sendall(self.EVENT[self.AT :] + b"data: [DONE]\n\n")
+            connection.sendall(self.EVENT[self.PAUSE_AT :] + b"data: [DONE]\n\n")
 
     def stop(self) -> None:
         self.thread.join(30)
         self.listener.close()
 
 
-def watch(gateway: Gateway, name: str, path: str, simulate: dict[str, str]) -> Seen:
-    """Ask for a stream and note what comes when, for at most two long silences and a bit."""
+def watch(gateway: Gateway, name: str, path: str, simulate: dict[str, str]) -> Observed:
+    """Request a stream and record what arrives when, until the second comment."""
     content = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "count to 5"}],
@@ -97,31 +97,31 @@ def watch(gateway: Gateway, name: str, path: str, simulate: dict[str, str]) -> S
     }
     headers = {"Content-Type": "application/json", "X-Case": name}
     headers |= {f"X-Simulator-{knob}": value for knob, value in simulate.items()}
-    # a compressed stream can't get comments: its silence is watched for one and a half times LONG
-    patience = LONG * 1.5 if "gzip" in name else LONG * 3
-    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=patience)
-    began, seen = time.monotonic(), Seen()
+    # a compressed stream gets no comments: one and a half times LONG shows that none arrives
+    timeout = LONG * 1.5 if "gzip" in name else LONG * 3
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=timeout)
+    began, observed = time.monotonic(), Observed()
     connection.request("POST", path, json.dumps(content), headers)
-    answer = connection.getresponse()
-    seen.status, seen.headers = answer.status, answer.headers
-    seen.head_came = time.monotonic() - began
+    response = connection.getresponse()
+    observed.status, observed.headers = response.status, response.headers
+    observed.head_arrived = time.monotonic() - began
     try:
-        while seen.body.count(COMMENT) < 2 and (piece := answer.read1(65536)):
-            seen.pieces.append((time.monotonic() - began, piece))
+        while observed.body.count(COMMENT) < 2 and (piece := response.read1(65536)):
+            observed.pieces.append((time.monotonic() - began, piece))
     except (http.client.IncompleteRead, TimeoutError):
         pass
     finally:
         connection.close()
-    return seen
+    return observed
 
 
 @pytest.fixture(scope="module")
-def seen(
+def observed(
     server: str,
     shared_gateway: Gateway,
     shared_simulator: Simulator,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Seen]:
+) -> dict[str, Observed]:
     shared_simulator.reset()
     half = HalfEvent()
     folder = tmp_path_factory.mktemp("half")
@@ -138,8 +138,8 @@ def seen(
 
 
 @pytest.fixture(scope="module")
-def sent(seen: dict[str, Seen], shared_simulator: Simulator) -> dict[str, bytes]:
-    """What LM Studio sent, by case."""
+def sent(observed: dict[str, Observed], shared_simulator: Simulator) -> dict[str, bytes]:
+    """The bytes that LM Studio sent, by case."""
     return {dict(r["headers"])["X-Case"]: r["sent"] for r in shared_simulator.requests()}
 
 
@@ -149,83 +149,85 @@ def without_usage(stream: bytes) -> bytes:
 
 @pytest.mark.parametrize("case", ["silence", "silence-crlf"])
 def test_a_silent_stream_gets_a_comment_every_ten_seconds(
-    seen: dict[str, Seen], sent: dict[str, bytes], case: str
+    observed: dict[str, Observed], sent: dict[str, bytes], case: str
 ) -> None:
-    answer = seen[case]
-    assert answer.body == sent[case] + COMMENT * 2
-    comments = [when for when, piece in answer.pieces if piece == COMMENT]
-    silent_since = answer.pieces[-3][0]
+    response = observed[case]
+    assert response.body == sent[case] + COMMENT * 2
+    comments = [when for when, piece in response.pieces if piece == COMMENT]
+    silent_since = response.pieces[-3][0]
     for number, when in enumerate(comments, 1):
         assert LONG * number - 0.1 <= when - silent_since <= LONG * number + 3
 
 
-def test_a_lively_stream_gets_no_comment(seen: dict[str, Seen], sent: dict[str, bytes]) -> None:
-    assert seen["quick"].body == without_usage(sent["quick"])
+def test_a_stream_without_silences_gets_no_comment(
+    observed: dict[str, Observed], sent: dict[str, bytes]
+) -> None:
+    assert observed["quick"].body == without_usage(sent["quick"])
 
 
-def test_a_comment_never_comes_inside_an_event(seen: dict[str, Seen]) -> None:
-    answer = seen["half-event"]
-    assert answer.body == HalfEvent.EVENT * 2 + b"data: [DONE]\n\n"
-    assert answer.pieces[-1][0] >= LONG
+def test_a_comment_never_comes_inside_an_event(observed: dict[str, Observed]) -> None:
+    response = observed["half-event"]
+    assert response.body == HalfEvent.EVENT * 2 + b"data: [DONE]\n\n"
+    assert response.pieces[-1][0] >= LONG
 
 
 def test_a_comment_never_comes_inside_a_compressed_stream(
-    seen: dict[str, Seen], sent: dict[str, bytes]
+    observed: dict[str, Observed], sent: dict[str, bytes]
 ) -> None:
-    answer = seen["silence-gzip"]
-    assert answer.headers["Content-Encoding"] == "gzip"
-    assert answer.body == sent["silence-gzip"]
+    response = observed["silence-gzip"]
+    assert response.headers["Content-Encoding"] == "gzip"
+    assert response.body == sent["silence-gzip"]
 
 
 @pytest.mark.parametrize("case", ["late", "late-messages"])
-def test_a_late_stream_is_answered_early_with_a_comment(
-    seen: dict[str, Seen], sent: dict[str, bytes], case: str
+def test_the_response_to_a_late_stream_begins_with_a_comment(
+    observed: dict[str, Observed], sent: dict[str, bytes], case: str
 ) -> None:
-    answer = seen[case]
-    assert answer.status == 200
-    assert answer.headers["Content-Type"].startswith("text/event-stream")
-    assert answer.headers["X-Accel-Buffering"] == "no"
-    assert answer.headers["Cache-Control"] == "no-cache"
-    assert answer.head_came >= LONG - 0.1
-    assert answer.body == COMMENT + without_usage(sent[case])
+    response = observed[case]
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    assert response.headers["X-Accel-Buffering"] == "no"
+    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.head_arrived >= LONG - 0.1
+    assert response.body == COMMENT + without_usage(sent[case])
 
 
 @pytest.mark.parametrize("case", FAILED)
-def test_a_late_failure_becomes_an_error_event(seen: dict[str, Seen], case: str) -> None:
-    answer = seen[case]
-    assert answer.status == 200
-    assert answer.body.startswith(COMMENT)
-    event = answer.body.removeprefix(COMMENT)
+def test_a_late_failure_becomes_an_error_event(observed: dict[str, Observed], case: str) -> None:
+    response = observed[case]
+    assert response.status == 200
+    assert response.body.startswith(COMMENT)
+    event = response.body.removeprefix(COMMENT)
     named = b"event: error\n" if case.endswith("messages") else b""
     assert event.startswith(named + b"data: {")
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n\n") == 1
-    told: dict[str, Any] = json.loads(event.removeprefix(named).removeprefix(b"data: "))
+    data: dict[str, Any] = json.loads(event.removeprefix(named).removeprefix(b"data: "))
     if named:
-        assert told["type"] == "error"
+        assert data["type"] == "error"
     else:
-        assert set(told["error"]) == {"message", "type", "param", "code"}
-    words = {
+        assert set(data["error"]) == {"message", "type", "param", "code"}
+    messages = {
         "late-500": "500 Internal Server Error",
         "late-200": "The model has crashed",
         "late-429-messages": "Too many requests.",
     }
-    assert words.get(case, "LM Studio broke off the stream") in told["error"]["message"]
+    assert messages.get(case, "LM Studio broke off the stream") in data["error"]["message"]
 
 
-def test_a_stream_never_has_ids_retries_or_empty_events(seen: dict[str, Seen]) -> None:
-    for name in set(seen) - {"silence-gzip"}:
-        body = seen[name].body.replace(b"\r\n", b"\n")
+def test_a_stream_never_has_ids_retries_or_empty_events(observed: dict[str, Observed]) -> None:
+    for name in set(observed) - {"silence-gzip"}:
+        body = observed[name].body.replace(b"\r\n", b"\n")
         assert not re.search(rb"^(id|retry)", body, re.MULTILINE), name
         events = [e for e in body.split(b"\n\n") if e and e + b"\n\n" != COMMENT]
         assert events, name
         assert all(re.search(rb"^data: .", event, re.MULTILINE) for event in events), name
 
 
-def test_the_openai_package_reads_over_the_comments(seen: dict[str, Seen]) -> None:
+def test_the_openai_package_ignores_the_comments(observed: dict[str, Observed]) -> None:
     from openai._streaming import SSEDecoder
 
-    events = list(SSEDecoder().iter_bytes(iter([seen["late"].body])))
+    events = list(SSEDecoder().iter_bytes(iter([observed["late"].body])))
     assert [e.data for e in events if not e.data] == []
     chunks = [openai.types.chat.ChatCompletionChunk(**e.json()) for e in events[:-1]]
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == "1 2 3 4 5 "

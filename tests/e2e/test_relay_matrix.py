@@ -1,4 +1,4 @@
-"""Every endpoint, through the real clients: what LM Studio received, what the client received."""
+"""Every endpoint through the real clients: what LM Studio receives and what the client receives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.processes import Gateway, Simulator
 
-#: Where the clients go, and what the gateway runs under.
+#: What the gateway runs under, and how the clients reach it.
 pytestmark = pytest.mark.parametrize(
     ("server", "way"),
     [("gunicorn", "direct"), ("gunicorn", "nginx"), ("gevent", "direct")],
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parametrize(
 LLM = "qwen2-1.5b-instruct"
 EMBEDDING = "text-embedding-nomic-embed-text-v1.5"
 TEXT = "1 2 3 4 5 6 7 "
-#: Values whose JSON meaning is easily lost on the way.
+#: Values that are easily changed when JSON is decoded and encoded again.
 HARD = {"metadata": {"big": 12345678901234567890123, "half": 0.1, "text": "ä\u2028😀\\"}}
 ASK_7 = [{"role": "user", "content": "please count to 7"}]
 
@@ -49,7 +49,7 @@ _OPENAI = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One row of the contract's injection table, ``members`` as they go upstream."""
+    """One row of the injection table, with ``members`` as they are sent upstream."""
 
     path: str
     body: dict[str, Any]
@@ -89,26 +89,26 @@ FORMS = [
 
 
 class Wiretap(httpx2.HTTPTransport):
-    """httpx's own transport, keeping the bytes of the last exchange."""
+    """httpx's transport, which records the bytes of the last exchange."""
 
     request = b""
-    answer = b""
+    response = b""
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        self.request, self.answer = request.read(), b""
+        self.request, self.response = request.read(), b""
         response = super().handle_request(request)
-        response.stream = _Copied(response.stream, self)
+        response.stream = _Recorded(response.stream, self)
         return response
 
 
-class _Copied(httpx2.SyncByteStream):
+class _Recorded(httpx2.SyncByteStream):
     def __init__(self, inner: Any, tap: Wiretap) -> None:
         self._inner = inner
         self._tap = tap
 
     def __iter__(self) -> Iterator[bytes]:
         for piece in self._inner:
-            self._tap.answer += piece
+            self._tap.response += piece
             yield piece
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class _Copied(httpx2.SyncByteStream):
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest, way: str, gateway: Gateway) -> str:
-    """Where the clients go: the gateway itself, or the nginx in front of it."""
+    """The address for clients: the gateway's own, or that of the nginx in front of it."""
     if way == "nginx":
         return str(request.getfixturevalue("shared_nginx").url)
     return gateway.url
@@ -131,7 +131,7 @@ def tap() -> Iterator[Wiretap]:
 
 
 def call(url: str, tap: Wiretap, path: str, body: dict[str, Any], stream: bool) -> Any:
-    """Send a body through the package that speaks the path's dialect; read the answer whole."""
+    """Send a body through the package of the path's dialect, and read the whole response."""
     http = httpx2.Client(transport=tap, timeout=60)
     client: Any
     if path == "/v1/messages":
@@ -158,22 +158,22 @@ def _openai_types(path: str, stream: bool = False) -> Any:
     }[path][stream]
 
 
-def said(path: str, answer: Any) -> str:
-    """The text in what the package made of an answer."""
-    if path == "/v1/chat/completions" and isinstance(answer, list):
-        return "".join(c.choices[0].delta.content or "" for c in answer if c.choices)
+def text_of(path: str, response: Any) -> str:
+    """The text in a response, as the package parsed it."""
+    if path == "/v1/chat/completions" and isinstance(response, list):
+        return "".join(c.choices[0].delta.content or "" for c in response if c.choices)
     if path == "/v1/chat/completions":
-        return str(answer.choices[0].message.content)
+        return str(response.choices[0].message.content)
     if path == "/v1/completions":
-        chunks = answer if isinstance(answer, list) else [answer]
+        chunks = response if isinstance(response, list) else [response]
         return "".join(c.choices[0].text for c in chunks if c.choices)
-    if path == "/v1/responses" and isinstance(answer, list):
-        return "".join(e.delta for e in answer if e.type == "response.output_text.delta")
+    if path == "/v1/responses" and isinstance(response, list):
+        return "".join(e.delta for e in response if e.type == "response.output_text.delta")
     if path == "/v1/responses":
-        return str(answer.output_text)
-    if isinstance(answer, list):
-        return "".join(e.delta.text for e in answer if e.type == "content_block_delta")
-    return str(answer.content[0].text)
+        return str(response.output_text)
+    if isinstance(response, list):
+        return "".join(e.delta.text for e in response if e.type == "content_block_delta")
+    return str(response.content[0].text)
 
 
 def without_usage(sent: bytes) -> bytes:
@@ -195,7 +195,7 @@ def members(content: bytes) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("endpoint", "stream"), FORMS)
-def test_nothing_to_inject_leaves_every_byte_alone(
+def test_with_nothing_to_inject_every_byte_is_unchanged(
     url: str, simulator: Simulator, tap: Wiretap, endpoint: Endpoint, stream: bool
 ) -> None:
     model = LLM if endpoint.streams else EMBEDDING
@@ -204,19 +204,19 @@ def test_nothing_to_inject_leaves_every_byte_alone(
         body["stream"] = True
         if endpoint.usage_on_request:
             body["stream_options"] = {"include_usage": True}
-    answer = call(url, tap, endpoint.path, body, stream)
+    response = call(url, tap, endpoint.path, body, stream)
     record = simulator.last_request()
     assert (record["method"], record["target"]) == ("POST", endpoint.path)
     assert record["body"] == tap.request
-    assert tap.answer == record["sent"]
+    assert tap.response == record["sent"]
     if endpoint.streams:
-        assert said(endpoint.path, answer) == TEXT
+        assert text_of(endpoint.path, response) == TEXT
     else:
-        assert len(answer.data) == 2
+        assert len(response.data) == 2
 
 
 @pytest.mark.parametrize(("endpoint", "stream"), FORMS)
-def test_everything_injected_changes_nothing_else(
+def test_injecting_everything_changes_nothing_else(
     url: str,
     gateway: Gateway,
     simulator: Simulator,
@@ -227,7 +227,7 @@ def test_everything_injected_changes_nothing_else(
     model = LLM if endpoint.streams else EMBEDDING
     active = {"modelKey": model, "defaultInference": {**DEFAULTS, "stream": stream}}
     assert gateway.post("/admin/models/activate", active).status_code == 200
-    answer = call(url, tap, endpoint.path, {**endpoint.body, **HARD}, stream)
+    response = call(url, tap, endpoint.path, {**endpoint.body, **HARD}, stream)
     record = simulator.last_request()
     injected = {"model": model, **endpoint.members}
     if endpoint.streams:
@@ -241,22 +241,22 @@ def test_everything_injected_changes_nothing_else(
     }
     assert [pair for pair in received if pair[0] not in injected] == given
     assert len({name for name, _ in received}) == len(received)
-    takes_usage_out = stream and endpoint.usage_on_request
-    assert tap.answer == (without_usage(record["sent"]) if takes_usage_out else record["sent"])
+    removes_usage = stream and endpoint.usage_on_request
+    assert tap.response == (without_usage(record["sent"]) if removes_usage else record["sent"])
     if endpoint.streams:
-        assert said(endpoint.path, answer) == "1 2 3 4 "
+        assert text_of(endpoint.path, response) == "1 2 3 4 "
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS[:2], ids=lambda one: one.path[4:])
-def test_only_the_usage_chunk_is_added_and_taken_out(
+def test_only_the_usage_chunk_is_requested_and_removed(
     url: str, simulator: Simulator, tap: Wiretap, endpoint: Endpoint
 ) -> None:
     body = {"model": LLM, **endpoint.body, **HARD, "stream": True}
-    answer = call(url, tap, endpoint.path, body, True)
+    response = call(url, tap, endpoint.path, body, True)
     record = simulator.last_request()
     usage = [("stream_options", [("include_usage", True)])]
     received = members(record["body"])
     assert [pair for pair in received if pair not in usage] == members(tap.request)
     assert [pair for pair in received if pair in usage] == usage
-    assert tap.answer == without_usage(record["sent"])
-    assert said(endpoint.path, answer) == TEXT
+    assert tap.response == without_usage(record["sent"])
+    assert text_of(endpoint.path, response) == TEXT

@@ -1,4 +1,4 @@
-"""Connections to LM Studio are kept and used again, and their end is nobody's error."""
+"""Connections to LM Studio are reused, and no request fails because LM Studio closed one."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def upstream(gateway: Gateway, port: int) -> list[Any]:
 
 
 def assert_serves(gateway: Gateway, stream: bool) -> None:
-    answer = gateway.post(CHAT, body(stream))
-    assert (answer.status_code, "3 " in answer.text) == (200, True), answer.text
+    response = gateway.post(CHAT, body(stream))
+    assert (response.status_code, "3 " in response.text) == (200, True), response.text
 
 
 def fill_pool(gateway: Gateway, port: int, size: int = 8) -> None:
-    """Leave several kept connections behind."""
+    """Fill the pool with idle connections."""
     slow = {"X-Simulator-Prefill-Ms": "500"}
     with ThreadPoolExecutor(size) as pool:
-        answers = [pool.submit(gateway.post, CHAT, body(), headers=slow) for _ in range(size)]
-        assert {answer.result().status_code for answer in answers} == {200}
+        responses = [pool.submit(gateway.post, CHAT, body(), headers=slow) for _ in range(size)]
+        assert {response.result().status_code for response in responses} == {200}
     assert len(upstream(gateway, port)) == size
 
 
-def test_requests_share_a_connection(simulator: Simulator, launch: Callable[..., Gateway]) -> None:
+def test_requests_reuse_a_connection(simulator: Simulator, launch: Callable[..., Gateway]) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
     used = set()
     for number in range(20):
@@ -52,7 +52,7 @@ def test_requests_share_a_connection(simulator: Simulator, launch: Callable[...,
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-def test_a_connection_that_lmstudio_closed_while_idle_is_no_error(
+def test_no_request_fails_because_lmstudio_closed_idle_connections(
     simulator: Simulator, launch: Callable[..., Gateway], stream: bool
 ) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
@@ -69,7 +69,7 @@ def test_a_connection_that_lmstudio_closed_while_idle_is_no_error(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-def test_an_lmstudio_that_restarted_is_no_error(
+def test_no_request_fails_after_lmstudio_has_restarted(
     launch: Callable[..., Gateway], stream: bool
 ) -> None:
     port = free_port()
@@ -77,8 +77,9 @@ def test_an_lmstudio_that_restarted_is_no_error(
     gateway = launch(first.url, WEB_CONCURRENCY=1)
     fill_pool(gateway, port)
     first.stop()
-    refused = gateway.post(CHAT, body(stream))
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "lmstudio_unreachable")
+    unreachable = gateway.post(CHAT, body(stream))
+    assert unreachable.status_code == 503
+    assert unreachable.json()["error"]["code"] == "lmstudio_unreachable"
     second = Simulator(port)
     try:
         for _ in range(10):
@@ -87,8 +88,8 @@ def test_an_lmstudio_that_restarted_is_no_error(
         second.stop()
 
 
-class Fickle:
-    """An LM Studio that answers once on a connection and hangs up on the next request there."""
+class ClosesOnReuse:
+    """An LM Studio that closes a connection when the second request arrives on it."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -101,14 +102,14 @@ class Fickle:
         while True:
             connection, _ = self.listener.accept()
             with connection:
-                for answers in (True, False):
+                for is_first in (True, False):
                     received = connection.recv(65536)
                     if not received:
                         break
                     if received == b"stop":
                         return
                     self.requests.append(received)
-                    if not answers:
+                    if not is_first:
                         break
                     last = b"Connection: close\r\n" if len(self.requests) > 2 else b""
                     connection.sendall(
@@ -125,16 +126,16 @@ class Fickle:
 
 
 def test_a_request_that_was_sent_is_never_sent_again(launch: Callable[..., Gateway]) -> None:
-    fickle = Fickle()
+    lm_studio = ClosesOnReuse()
     try:
-        gateway = launch(fickle.url, WEB_CONCURRENCY=1)
+        gateway = launch(lm_studio.url, WEB_CONCURRENCY=1)
         assert gateway.get("/v1/models").status_code == 200
-        answer = gateway.post(CHAT, body())
-        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "bad_gateway")
-        assert len(fickle.requests) == 2
+        response = gateway.post(CHAT, body())
+        assert (response.status_code, response.json()["error"]["code"]) == (502, "bad_gateway")
+        assert len(lm_studio.requests) == 2
         assert gateway.get("/v1/models").status_code == 200
     finally:
-        fickle.stop()
+        lm_studio.stop()
 
 
 def test_proxies_in_the_environment_are_ignored(

@@ -1,4 +1,4 @@
-"""A request about every 5 s, when LM Studio closes idle connections: none may fail.
+"""Sends a request about every 5 s, which is when LM Studio closes idle connections: none may fail.
 
 ``python -m tests.soak.keepalive [--seconds 60] [--gap 5.0] [--spread 0.2]``; exits 1 on a failure.
 """
@@ -23,23 +23,23 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--gap", type=float, default=5.0)
     parser.add_argument("--spread", type=float, default=0.2)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     simulator = Simulator(0, "--pace-ms", "0")
     failures = []
     count = 0
     with tempfile.TemporaryDirectory() as folder:
-        # one worker, so that each request finds the connection of the one before
+        # one worker, so that each request finds the connection of the previous one
         gateway = Gateway(Path(folder), simulator.url, WEB_CONCURRENCY=1)
         try:
-            end = time.monotonic() + asked.seconds
+            end = time.monotonic() + options.seconds
             while time.monotonic() < end:
                 stream = count % 2 == 1
-                gap = random.uniform(asked.gap - asked.spread, asked.gap + asked.spread)
+                gap = random.uniform(options.gap - options.spread, options.gap + options.spread)
                 count += 1
                 try:
-                    answer = gateway.post(CHAT, chat(3, stream))
-                    if answer.status_code != 200 or "3 " not in answer.text:
-                        failures.append(f"{answer.status_code} {answer.text[:200]}")
+                    response = gateway.post(CHAT, chat(3, stream))
+                    if response.status_code != 200 or "3 " not in response.text:
+                        failures.append(f"{response.status_code} {response.text[:200]}")
                 except requests.RequestException as error:
                     failures.append(repr(error))
                 time.sleep(gap)

@@ -1,4 +1,4 @@
-"""Mixed traffic with aborts for some minutes: no failure, flat memory, no leaked socket.
+"""Runs mixed traffic with aborts for some minutes: nothing may fail, and nothing may leak.
 
 ``python -m tests.soak.soak --minutes 10``; exits 1 on a failure or a leak.
 """
@@ -22,33 +22,30 @@ from typing import Any  # noqa: E402
 import gevent  # noqa: E402
 
 from tests.processes import Gateway, Simulator, eventually  # noqa: E402
+from tests.raw_http import counted, exchange, request, unchunked  # noqa: E402
 from tests.soak.traffic import (  # noqa: E402
     CHAT,
     EMBEDDING,
     MODEL,
     allow_many_files,
     chat,
-    counted,
     descriptors,
-    exchange,
     memory,
-    request,
-    unchunked,
 )
 
 CLIENTS = 30
 INTERVAL = 5.0
-#: How much more PSS at the end than at the beginning is a leak: a share and some MiB.
+#: Memory that grows by more than this share, and some MiB on top, is a leak.
 GROWTH, SLACK = 0.05, 6.0
 
 
 class Failure(Exception):
-    """An answer that is not as it should be."""
+    """A response is not the expected one."""
 
 
 @dataclass
 class Sample:
-    """One look at all processes of the gateway."""
+    """The resources of all processes of the gateway at one moment."""
 
     at: float
     rss: float
@@ -61,18 +58,18 @@ class Sample:
         return f"{self.at:5.0f} s: {memory}, fds {self.fds}, sockets {self.sockets}"
 
 
-def expect(condition: bool, answer: bytes) -> None:
+def expect(condition: bool, response: bytes) -> None:
     if not condition:
-        raise Failure(answer[:300] + b" ... " + answer[-200:])
+        raise Failure(response[:300] + b" ... " + response[-200:])
 
 
-def simple(method: str, path: str, content: Any, status: int, words: bytes, **simulate: Any) -> Any:
-    """An exchange whose answer has a status and certain words in it."""
+def simple(method: str, path: str, content: Any, status: int, text: bytes, **simulate: Any) -> Any:
+    """Return a client that expects a status and some text in the response."""
     data = request(method, path, content, {k.replace("_", "-"): v for k, v in simulate.items()})
 
     def run(port: int) -> None:
-        answer = exchange(port, data)
-        expect(answer.startswith(b"HTTP/1.1 %d " % status) and words in answer, answer)
+        response = exchange(port, data)
+        expect(response.startswith(b"HTTP/1.1 %d " % status) and text in response, response)
 
     return run
 
@@ -80,20 +77,20 @@ def simple(method: str, path: str, content: Any, status: int, words: bytes, **si
 def stream(port: int) -> None:
     count = random.randint(1, 80)
     data = request("POST", CHAT, chat(count, True), {"Pace-Ms": random.choice([1, 5, 20])})
-    answer = exchange(port, data)
-    expect(counted(answer) == list(range(1, count + 1)), answer)
-    expect(answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), answer)
-    expect(b'"usage":{' not in answer, answer)
+    response = exchange(port, data)
+    expect(counted(response) == list(range(1, count + 1)), response)
+    expect(response.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), response)
+    expect(b'"usage":{' not in response, response)
 
 
 def broken_stream(port: int) -> None:
-    answer = exchange(port, request("POST", CHAT, chat(9, True), {"Fault": "break-stream"}))
-    expect(b'data: {"error":' in unchunked(answer) and b"[DONE]" not in answer, answer)
-    expect(not answer.endswith(b"0\r\n\r\n"), answer)
+    response = exchange(port, request("POST", CHAT, chat(9, True), {"Fault": "break-stream"}))
+    expect(b'data: {"error":' in unchunked(response) and b"[DONE]" not in response, response)
+    expect(not response.endswith(b"0\r\n\r\n"), response)
 
 
-def leave(streams: bool, **simulate: Any) -> Callable[[int], None]:
-    """A client that goes away while it streams or waits."""
+def disconnect(streams: bool, **simulate: Any) -> Callable[[int], None]:
+    """Return a client that disconnects while it streams or waits."""
     knobs = {name.replace("_", "-"): value for name, value in simulate.items()}
     data = request("POST", CHAT, chat(5000, streams), knobs)
 
@@ -113,9 +110,9 @@ def leave(streams: bool, **simulate: Any) -> Callable[[int], None]:
 MIX: dict[str, tuple[int, Callable[[int], None]]] = {
     "plain": (20, simple("POST", CHAT, chat(5, False), 200, b"1 2 3 4 5 ")),
     "stream": (30, stream),
-    "leave a stream": (10, leave(True, Pace_Ms=20)),
-    "leave prompt processing": (6, leave(True, Prefill_Ms=60000)),
-    "leave a plain answer": (6, leave(False, Prefill_Ms=60000)),
+    "abort a stream": (10, disconnect(True, Pace_Ms=20)),
+    "abort prompt processing": (6, disconnect(True, Prefill_Ms=60000)),
+    "abort a plain response": (6, disconnect(False, Prefill_Ms=60000)),
     "embeddings": (
         8,
         simple("POST", "/v1/embeddings", {"model": EMBEDDING, "input": ["a", "b"]}, 200, b"index"),
@@ -126,7 +123,10 @@ MIX: dict[str, tuple[int, Callable[[int], None]]] = {
     "invalid JSON": (2, simple("POST", CHAT, b"{", 400, b"invalid_json")),
     "error in a 200": (3, simple("POST", CHAT, chat(1, False), 400, b"crashed", Fault="error-200")),
     "error page": (2, simple("POST", CHAT, chat(1, False), 500, b"Internal", Fault="refuse-500")),
-    "no answer": (2, simple("POST", CHAT, chat(1, 0), 502, b"bad_gat", Fault="close-before-head")),
+    "no response": (
+        2,
+        simple("POST", CHAT, chat(1, 0), 502, b"bad_gat", Fault="close-before-head"),
+    ),
     "broken stream": (4, broken_stream),
     "models": (5, simple("GET", "/v1/models", None, 200, MODEL.encode())),
     "admin list": (2, simple("GET", "/admin/models", None, 200, b'"downloaded"')),
@@ -135,7 +135,7 @@ MIX: dict[str, tuple[int, Callable[[int], None]]] = {
 
 
 class Soak:
-    """Clients that do one thing after the other, and the samples taken meanwhile."""
+    """Clients that send one request after another, and samples of the gateway's resources."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
@@ -170,7 +170,7 @@ class Soak:
         gevent.joinall(clients)
 
     def leaks(self, seconds: float) -> list[str]:
-        """What grew from the first minute to the last (of a short run: third), in words."""
+        """Describe what grew from the first minute to the last (the first third of a short run)."""
         span = min(60.0, seconds / 3)
         first = [one for one in self.samples if one.at <= span + 1]
         last = [one for one in self.samples if one.at >= self.samples[-1].at - span + 1]
@@ -200,12 +200,12 @@ def main() -> int:
             soak = Soak(gateway)
             soak.run(seconds)
             problems = soak.leaks(seconds)
-            print("when all clients have gone:", soak.sample())
-            # an idle kept connection may stay until the next request: it must end there
+            print("after all clients have disconnected:", soak.sample())
+            # an idle connection may stay open until the next request, but no longer
             try:
                 eventually(lambda: _quiet(soak), 15)
             except AssertionError:
-                problems.append(f"sockets are left: {soak.sample()}")
+                problems.append(f"sockets left open: {soak.sample()}")
             running = [r["target"] for r in simulator.requests() if r["outcome"] == "running"]
             problems += [f"still running in LM Studio: {target}" for target in running]
             print("at rest:", soak.sample())
@@ -220,9 +220,9 @@ def main() -> int:
 
 
 def _quiet(soak: Soak) -> bool:
-    """Whether the workers hold no more than the SDK's WebSockets and a pooled connection each."""
-    gevent.sleep(5)  # kept connections get too old
-    for _ in range(20):  # both workers see a request, and throw the old ones away
+    """Whether each worker holds at most the SDK's WebSockets and one idle connection."""
+    gevent.sleep(5)  # idle connections become stale
+    for _ in range(20):  # both workers get a request and close the stale ones
         MIX["models"][1](soak.gateway.port)
     return max(descriptors(soak.gateway)[1]) <= 6
 

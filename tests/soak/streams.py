@@ -1,6 +1,8 @@
-"""500 streams of 200 numbered tokens at 100 ms, on two workers: complete, in order, what it costs.
+"""Runs 500 streams of 200 numbered tokens, 100 ms apart, on two workers: are all complete and in
+order, and what do they cost?
 
-``python -m tests.soak.streams [--streams 500] [--tokens 200] [--pace-ms 100]``: 1 on an error.
+``python -m tests.soak.streams [--streams 500] [--tokens 200] [--pace-ms 100]``; exits 1
+on an error.
 """
 
 from gevent import monkey
@@ -17,22 +19,15 @@ from pathlib import Path  # noqa: E402
 import gevent  # noqa: E402
 
 from tests.processes import Gateway, Simulator  # noqa: E402
-from tests.soak.traffic import (  # noqa: E402
-    CHAT,
-    allow_many_files,
-    chat,
-    counted,
-    exchange,
-    memory,
-    request,
-)
+from tests.raw_http import counted, exchange, request  # noqa: E402
+from tests.soak.traffic import CHAT, allow_many_files, chat, memory  # noqa: E402
 
 #: Seconds over which the streams are started.
 RAMP = 4.0
 
 
-class Crowd:
-    """Streams that run at once against one port; ``ttfb`` in ms, ``errors`` in words."""
+class Load:
+    """Streams that run at the same time against one port; ``ttfb`` is in ms."""
 
     def __init__(self, port: int, tokens: int, pace_ms: float) -> None:
         self.port, self.tokens, self.pace_ms = port, tokens, pace_ms
@@ -40,11 +35,11 @@ class Crowd:
         self.errors: list[str] = []
 
     def run(self, streams: int) -> list[gevent.Greenlet]:
-        """Start the streams, spread over the ramp."""
+        """Start the streams, spread over ``RAMP``."""
         return [gevent.spawn_later(RAMP * n / streams, self.one) for n in range(streams)]
 
     def one(self) -> None:
-        # the pace's header also makes each exchange the same for both sides of the comparison
+        # the header sets the same pace for both sides of the comparison
         data = request("POST", CHAT, chat(self.tokens, True), {"Pace-Ms": self.pace_ms})
         began, first = time.perf_counter(), []
 
@@ -53,17 +48,19 @@ class Crowd:
                 first.append((time.perf_counter() - began) * 1000)
 
         try:
-            answer = exchange(self.port, data, arrived)
+            response = exchange(self.port, data, arrived)
         except OSError as error:
             self.errors.append(repr(error))
             return
         self.ttfb += first
-        if counted(answer) != list(range(1, self.tokens + 1)):
-            self.errors.append(f"{len(counted(answer))} tokens, or in disorder: {answer[-200:]!r}")
-        elif not answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
-            self.errors.append(f"no proper end: {answer[-200:]!r}")
+        if counted(response) != list(range(1, self.tokens + 1)):
+            self.errors.append(
+                f"{len(counted(response))} tokens or out of order: {response[-200:]!r}"
+            )
+        elif not response.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            self.errors.append(f"no proper end: {response[-200:]!r}")
 
-    def told(self) -> str:
+    def summary(self) -> str:
         return f"median {statistics.median(self.ttfb):.1f} ms, p99 {p99(self.ttfb):.1f} ms"
 
 
@@ -71,11 +68,11 @@ def p99(values: list[float]) -> float:
     return sorted(values)[int(len(values) * 0.99)]
 
 
-def compare(direct: Crowd, through: Crowd, what: str) -> None:
-    """Print the added time to first byte."""
+def compare(direct: Load, through: Load, what: str) -> None:
+    """Print how much time to first byte the gateway adds."""
     median = statistics.median(through.ttfb) - statistics.median(direct.ttfb)
     added = f"median {median:+.2f} ms, p99 {p99(through.ttfb) - p99(direct.ttfb):+.2f} ms"
-    print(f"time to first byte, {what}: direct {direct.told()}; gateway {through.told()}")
+    print(f"time to first byte, {what}: direct {direct.summary()}; gateway {through.summary()}")
     print(f"  added: {added}")
 
 
@@ -84,7 +81,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--pace-ms", type=float, default=100)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     allow_many_files()
     simulator = Simulator()
     errors = []
@@ -92,32 +89,32 @@ def main() -> int:
         gateway = Gateway(Path(folder), simulator.url, WEB_CONCURRENCY=2)
         ports = (simulator.port, gateway.port)
         try:
-            for port in ports * 20:  # every worker has imported, connected, loaded the model
-                Crowd(port, 2, 0).one()
-            quiet = [Crowd(port, 2, 0) for port in ports]
+            for port in ports * 20:  # let every worker import, connect and load the model
+                Load(port, 2, 0).one()
+            quiet = [Load(port, 2, 0) for port in ports]
             for _ in range(300):
-                for crowd in quiet:
-                    crowd.one()
+                for load in quiet:
+                    load.one()
             compare(*quiet, "one stream at a time")
             simulator.reset()
-            busy = [Crowd(port, asked.tokens, asked.pace_ms) for port in ports]
-            gevent.joinall(busy[0].run(asked.streams))
+            busy = [Load(port, options.tokens, options.pace_ms) for port in ports]
+            gevent.joinall(busy[0].run(options.streams))
             simulator.reset()
             _, before = memory(gateway)
-            running = busy[1].run(asked.streams)
-            gevent.sleep(RAMP + asked.tokens * asked.pace_ms / 2000)
+            running = busy[1].run(options.streams)
+            gevent.sleep(RAMP + options.tokens * options.pace_ms / 2000)
             _, during = memory(gateway)
             gevent.joinall(running)
             _, after = memory(gateway)
-            compare(*busy, f"{asked.streams} streams at once")
-            errors = [error for crowd in (*quiet, *busy) for error in crowd.errors]
+            compare(*busy, f"{options.streams} streams at once")
+            errors = [error for load in (*quiet, *busy) for error in load.errors]
         finally:
             gateway.stop()
             simulator.stop()
-    each = (during - before) * 1024 / asked.streams
+    each = (during - before) * 1024 / options.streams
     print(f"PSS: {before:.1f} MiB idle, {during:.1f} MiB during, {after:.1f} MiB afterwards")
-    print(f"  {each:.1f} KiB a stream")
-    print(f"{asked.streams} streams of {asked.tokens} tokens: {len(errors)} errors")
+    print(f"  {each:.1f} KiB per stream")
+    print(f"{options.streams} streams of {options.tokens} tokens: {len(errors)} errors")
     for error in errors[:20]:
         print(f"  {error}")
     return 1 if errors else 0

@@ -1,4 +1,4 @@
-"""Many streams at once: each complete and in order."""
+"""Many streams at the same time: each is complete and in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STREAMS, TOKENS = 100, 50
 
 
 def numbers(gateway: Gateway, pace_ms: int) -> list[int]:
-    """Stream numbered tokens; return them as they came. A stream that breaks raises."""
+    """Stream numbered tokens and return them in the order of arrival; raises if it breaks off."""
     content = {
         "model": "qwen2-1.5b-instruct",
         "messages": [{"role": "user", "content": f"count to {TOKENS}"}],
@@ -22,9 +22,9 @@ def numbers(gateway: Gateway, pace_ms: int) -> list[int]:
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
     headers = {"Content-Type": "application/json", "X-Simulator-Pace-Ms": str(pace_ms)}
     connection.request("POST", "/v1/chat/completions", json.dumps(content), headers)
-    answer = connection.getresponse()
-    assert answer.status == 200
-    body = answer.read()
+    response = connection.getresponse()
+    assert response.status == 200
+    body = response.read()
     connection.close()
     assert body.endswith(b"data: [DONE]\n\n")
     return [int(number) for number in re.findall(rb'"content":"(\d+) "', body)]
@@ -38,5 +38,5 @@ def test_a_hundred_streams_at_once_are_complete_and_in_order(
     assert found == [list(range(1, TOKENS + 1))] * STREAMS
     records = simulator.requests()
     assert [r["outcome"] for r in records] == ["complete"] * STREAMS
-    # they really ran at the same time
+    # all of them ran at the same time
     assert max(r["startedMs"] for r in records) < min(r["endedMs"] for r in records)
