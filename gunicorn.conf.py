@@ -1,9 +1,9 @@
-"""gunicorn's configuration for ``gunicorn wsgi:app``: everything comes from the settings."""
+"""gunicorn's configuration for ``gunicorn wsgi:app``, derived from the gateway's settings."""
 
 from gevent import monkey
 
 monkey.patch_all()
 
-from gateway.serving import gunicorn_options, servable_or_exit  # noqa: E402
+from gateway.serving import checked_settings_or_exit, gunicorn_options  # noqa: E402
 
-globals().update(gunicorn_options(servable_or_exit()))
+globals().update(gunicorn_options(checked_settings_or_exit()))

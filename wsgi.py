@@ -1,4 +1,4 @@
-"""The WSGI application for ``gunicorn wsgi:app``; gunicorn.conf.py beside it has the settings."""
+"""The WSGI application for ``gunicorn wsgi:app``, which also reads gunicorn.conf.py beside it."""
 
 from gateway.app import create_app
 

@@ -1,4 +1,4 @@
-"""The application factory: builds the parts, registers the blueprints, nothing else."""
+"""The application factory: builds the parts, registers the blueprints, and does nothing else."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gateway.observe import AccessLog, EventBus, Metrics, Reporter, own_counters
 from gateway.request import Access
 from gateway.state import SharedStore, open_store
 
-#: Seconds between two runs of a worker's maintenance: closing old connections, reporting the
-#: progress of streams, sharing counters with other machines.
+#: Seconds between two runs of a worker's maintenance, which closes old connections, reports the
+#: progress of streams and shares counters with other machines.
 MAINTENANCE_INTERVAL = 1.0
 
 _BLUEPRINTS = (
@@ -53,17 +53,17 @@ class Gateway:
     started: float
 
     def start(self) -> None:
-        """Begin to serve; called in the worker, after the fork."""
+        """Start the background work. Called in the worker, after the fork."""
         self.events.start()
         self.log.start()
         gevent.spawn(self._maintain)
 
     def drain(self) -> None:
-        """End the event streams; other requests may finish."""
+        """End the event streams; other requests may finish. Called when the grace period begins."""
         self.events.stop_streams()
 
     def stop(self) -> None:
-        """Write what is left and release everything, after the last request."""
+        """Write what is still queued and release everything. Called after the last request."""
         self.events.stop()
         self.log.stop()
         self.store.close()
@@ -79,11 +79,15 @@ class Gateway:
 
 
 def create_app(configured: settings.Settings | None = None) -> Flask:
-    """Build the WSGI application; settings are read from the environment unless given."""
+    """Build the WSGI application.
+
+    Without ``configured`` the settings are read from the environment, which raises SettingsError if
+    they are invalid.
+    """
     app = Flask("gateway", static_folder=None)
     app.json = _Json(app)
     app.response_class = _Response
-    app.url_map.merge_slashes = False  # a path means itself; no redirects
+    app.url_map.merge_slashes = False  # such a path is unknown, not a redirect
     app.url_map.strict_slashes = False
     version.commit()  # now: by the first request a checkout may be at another one
     parts = _build(configured or settings.load(), app.instance_path)
@@ -128,13 +132,13 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
 
 
 class _Response(Response):
-    """Flask's response, without the HTML type that it gives to a body that has none."""
+    """Flask's response, but without a content type unless the view gives one; Flask's is HTML."""
 
     default_mimetype = None
 
 
 class _Json(JSONProvider):
-    """The JSON of every dictionary that a view returns; the form is that of :func:`dumps`."""
+    """Serializes the dictionaries that views return with :func:`gateway.errors.dumps`."""
 
     def dumps(self, obj: Any, **kwargs: Any) -> str:
         return dumps(obj).decode()
@@ -149,7 +153,7 @@ def _gateway_error(error: GatewayError) -> Response:
 
 
 def _http_error(fault: HTTPException) -> Response:
-    """werkzeug's own errors (no such route, wrong method) in the dialect of the path."""
+    """Turns werkzeug's errors (no such route, wrong method) into the dialect of the path."""
     status = fault.code or 500
     path = request.environ["PATH_INFO"]
     messages = {404: f"Unknown path: {path}", 405: f"{request.method} is not allowed on {path}"}

@@ -1,4 +1,4 @@
-"""Timestamps, deadlines, and how long something has been in flight."""
+"""Timestamps, deadlines, and how long an operation has been in flight."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-#: By what it is told how long something is in flight; see :func:`elapsed_ms`.
+#: The members of an operation in flight from which :func:`elapsed_ms` computes its duration.
 CLOCKS = ("startedAt", "steady", "machine")
 
 
 class Moment(NamedTuple):
-    """Now, by the wall clock (s since 1970), which may jump, and by the machine's steady one."""
+    """A point in time by both clocks: the wall clock (s since 1970), which may jump, and the steady
+    clock of this machine."""
 
     wall: float
     steady: float
@@ -25,7 +26,7 @@ class Moment(NamedTuple):
 
 
 def timestamp(moment: float) -> str:
-    """ISO 8601 in UTC with milliseconds."""
+    """Format seconds since 1970 as ISO 8601, in UTC and with milliseconds."""
     milliseconds = int(moment * 1000)
     return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03}Z"
 
@@ -36,8 +37,11 @@ def _second(moment: int) -> str:
 
 
 def elapsed_ms(running: dict[str, Any]) -> int:
-    """How long an operation in flight has run: by the steady clock if it runs on this machine, of
-    which every worker has the same, else by the wall clocks."""
+    """Milliseconds for which an operation has been in flight.
+
+    Operations of this machine are measured with the steady clock, which all its workers share,
+    those of another machine with the wall clocks of both.
+    """
     if running.get("machine") == MACHINE:
         seconds = time.monotonic() - float(running["steady"])
     else:
@@ -46,13 +50,15 @@ def elapsed_ms(running: dict[str, Any]) -> int:
 
 
 def remaining(deadline: float | None) -> float | None:
-    """Seconds until a deadline (of time.monotonic()), never quite 0: sockets take that to mean
-    "don't wait"; None when there is no deadline."""
+    """Seconds until a deadline, which is a time.monotonic(); None without a deadline.
+
+    The result is never 0, which means "don't wait" to a socket.
+    """
     return None if deadline is None else max(0.001, deadline - time.monotonic())
 
 
 def _machine() -> str:
-    """What names this machine since its last start."""
+    """Identifies this machine, until its next boot if the kernel provides an id of the boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

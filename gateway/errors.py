@@ -1,7 +1,7 @@
-"""The gateway's errors and how each dialect writes them.
+"""The gateway's errors, and their bodies in each dialect.
 
-A :class:`GatewayError` is raised anywhere below the HTTP surface; :func:`render` turns it into a
-response body in the dialect of the request's path: ``admin`` (flat), ``openai`` or ``anthropic``.
+Any code may raise a :class:`GatewayError`; :func:`response` turns it into a response in the dialect
+of the request's path: ``admin`` (flat), ``openai`` or ``anthropic``.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ SHORTHAND = frozenset(
 
 
 class GatewayError(Exception):
-    """The root of the errors that a client sees.
+    """The root of all errors that a client sees.
 
     ``status`` is the HTTP status, ``code`` OpenAI's machine-readable ``error.code``, ``param`` the
-    offending member, ``details`` the admin dialect's list of ``{"path": [...], "message": ...}``.
+    member of the request that is wrong, ``details`` the admin dialect's list of
+    ``{"path": [...], "message": ...}``.
     """
 
     status = 500
     code = "internal_error"
-    #: Response headers that belong to this kind of error.
+    #: Response headers of this kind of error.
     headers: Headers = []
 
     def __init__(
@@ -60,6 +61,13 @@ class GatewayError(Exception):
             self.code = code
         if headers is not None:
             self.headers = headers
+
+
+class InternalError(GatewayError):
+    """A bug of the gateway. Clients learn nothing about it; the log has the traceback."""
+
+    def __init__(self) -> None:
+        super().__init__("The gateway failed. See its log for details.")
 
 
 class BadRequest(GatewayError):
@@ -85,7 +93,7 @@ class RequestTimeout(GatewayError):
 
 class Conflict(GatewayError):
     status, code = 409, "conflict"
-    #: The OpenAI SDKs retry a 409; ours never goes away by itself.
+    #: The OpenAI SDKs retry a 409, but a conflict in the gateway does not resolve itself.
     headers = [("x-should-retry", "false")]
 
 
@@ -106,8 +114,8 @@ class UpstreamTimeout(GatewayError):
     status, code = 504, "upstream_timeout"
 
 
-def dialect(path: str) -> str:
-    """The error dialect of a request path (shorthand paths speak like their ``/v1`` twins)."""
+def dialect_of(path: str) -> str:
+    """The error dialect of a request path; a shorthand has that of its ``/v1`` path."""
     if path in ("/v1/messages", "/messages") or path.startswith("/v1/messages/"):
         return "anthropic"
     if path.startswith(("/v1/", "/api/", "/models/")) or path in ("/v1", "/api"):
@@ -115,23 +123,23 @@ def dialect(path: str) -> str:
     return "openai" if path in SHORTHAND else "admin"
 
 
-def body(error: GatewayError, spoken: str, request_id: str) -> bytes:
-    """The JSON body of an error in a dialect."""
-    return dumps(payload(error.message, error.status, error.code, spoken, request_id, error))
+def body(error: GatewayError, dialect: str, request_id: str) -> bytes:
+    """The JSON body of an error, in a dialect."""
+    return dumps(payload(error.message, error.status, error.code, dialect, request_id, error))
 
 
 def payload(
     message: str,
     status: int,
     code: str | None,
-    spoken: str,
+    dialect: str,
     request_id: str = "",
     error: GatewayError | None = None,
 ) -> dict[str, Any]:
-    """The error object of a dialect, before serialisation."""
-    if spoken == "anthropic":
+    """The error body of a dialect, not yet serialized."""
+    if dialect == "anthropic":
         return {"type": "error", "error": {"type": _anthropic_type(status), "message": message}}
-    if spoken == "openai":
+    if dialect == "openai":
         param = error.param if error else None
         kind = _openai_type(status)
         return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -145,8 +153,8 @@ def payload(
 def response(
     error: GatewayError, path: str, request_id: str, *, method: str = "GET"
 ) -> tuple[str, Headers, bytes]:
-    """Status line, headers and body of an error, complete but for ``X-Request-Id``."""
-    content = body(error, dialect(path), request_id)
+    """Status line, headers and body of an error, with every header but ``X-Request-Id``."""
+    content = body(error, dialect_of(path), request_id)
     headers = [
         ("Content-Type", "application/json"),
         ("Content-Length", str(len(content))),
@@ -156,7 +164,7 @@ def response(
 
 
 def status_line(status: int) -> str:
-    """``404`` → ``404 Not Found``; a status that HTTP does not name keeps its number."""
+    """``404`` → ``404 Not Found``; a status without a registered phrase is ``Unknown``."""
     try:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
@@ -164,9 +172,9 @@ def status_line(status: int) -> str:
 
 
 def dumps(value: Any) -> bytes:
-    """Compact UTF-8 JSON, as all bodies and events of the gateway are written."""
+    """Serialize to compact UTF-8 JSON, the form of all bodies and events of the gateway."""
     text = _encode(value)
-    # a lone surrogate that a client sent as an escape can't be UTF-8: keep it an escape
+    # UTF-8 can't encode a lone surrogate, which clients may send as an escape: keep it an escape
     return text.encode("utf-8", "backslashreplace")
 
 

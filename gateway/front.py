@@ -1,8 +1,8 @@
 """What every request passes on its way in and out.
 
-:class:`Front` is the WSGI application that the server calls. It admits the request, hands it to
+:class:`Front` is the WSGI application that the server calls. It admits the request, passes it to
 Flask and adds the headers that every response has. Flask's dispatch costs more than the gateway's
-own work on an inference request, so the busiest paths go straight to the proxy instead.
+own work on an inference request, so the busiest paths skip Flask and go straight to the proxy.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gateway import errors
-from gateway.errors import GatewayError, Headers, NotFound
+from gateway.errors import GatewayError, Headers, InternalError, NotFound
 from gateway.observe import AccessLog, Metrics, milliseconds
 from gateway.proxy import ENDPOINTS, RECORDED, Proxy
-from gateway.request import CLIENT, REQUEST_ID, Access, bodies, name_request
+from gateway.request import CLIENT, REQUEST_ID, Access, bodies, request_id_of
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 WsgiApp = Callable[[Environ, Any], Iterable[bytes]]
 
-#: Where the time of a request's arrival (time.monotonic()) is kept in the environ.
+#: The environ key of the time at which the request arrived (time.monotonic()).
 ARRIVED = "gateway.arrived"
-#: The paths with an injection rule and their shorthands: those that applications call all day.
+#: The paths with an injection rule, and their shorthands: the busiest ones.
 HOT_PATHS = frozenset({*ENDPOINTS, *(path.removeprefix("/v1") for path in ENDPOINTS)})
 
 logger = logging.getLogger(__name__)
 
 
 class Front:
-    """The way in and out of one gateway, around ``flask``, Flask's own WSGI application."""
+    """Wraps ``flask``, the WSGI application of Flask itself."""
 
     #: The paths that Flask does not dispatch.
     hot_paths = HOT_PATHS
@@ -54,16 +54,16 @@ class Front:
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         def start(status: str, headers: Headers, *exc_info: Any) -> Any:
-            complete = headers + self._leave(environ, status, headers)
-            return start_response(status, complete, *exc_info)
+            more = self._finish(environ, status, headers)
+            return start_response(status, headers + more, *exc_info)
 
         body: Iterable[bytes]
         try:
-            if self._enter(environ):
+            if self._admit(environ):
                 status, headers, body = "204 No Content", [], []
             elif environ["PATH_INFO"] in self.hot_paths:
-                answer = self._proxy.exchange(environ)
-                status, headers, body = answer.status, answer.headers, answer.body
+                response = self._proxy.exchange(environ)
+                status, headers, body = response.status, response.headers, response.body
             else:
                 return self._flask(environ, start)
         except GatewayError as error:
@@ -73,10 +73,11 @@ class Front:
         start(status, headers)
         return body
 
-    def _enter(self, environ: Environ) -> bool:
-        """Check access first, then the announced size of the body, before a byte of it is read.
+    def _admit(self, environ: Environ) -> bool:
+        """Check access, then ``Content-Length``, before any of the body is read.
 
-        Raises a GatewayError; returns whether this is a CORS preflight, to be answered 204.
+        Returns whether the request is a CORS preflight, which gets a 204. Raises a GatewayError if
+        the request is rejected.
         """
         environ[ARRIVED] = time.monotonic()
         try:
@@ -89,9 +90,9 @@ class Front:
         bodies.check_length(environ, self._max_body_bytes)
         return preflight
 
-    def _leave(self, environ: Environ, status: str, headers: Headers) -> Headers:
-        """Log a request that is no exchange; returns the headers that every response gets."""
-        request_id = environ.get(REQUEST_ID) or name_request(environ)
+    def _finish(self, environ: Environ, status: str, headers: Headers) -> Headers:
+        """Log the request, unless its exchange does; return the headers that every response has."""
+        request_id = request_id_of(environ)
         if RECORDED not in environ:
             self._log.request(_log_entry(environ, int(status[:3]), headers))
         return [("X-Request-Id", request_id), *self._access.cors_headers(environ)]
@@ -99,21 +100,21 @@ class Front:
 
 def error_response(environ: Environ, error: GatewayError) -> tuple[str, Headers, list[bytes]]:
     """Status line, headers and body of an error, in the dialect of the request's path."""
-    request_id = environ.get(REQUEST_ID) or name_request(environ)
+    request_id = request_id_of(environ)
     path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
     status, headers, body = errors.response(error, path, request_id, method=method)
     return status, headers, [body]
 
 
 def unexpected(environ: Environ, fault: Exception) -> GatewayError:
-    """Log a bug of the gateway's own; the client learns only that there was one."""
+    """Log a bug of the gateway. Returns the error for the client, which reveals nothing of it."""
     where = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']!r}"
     logger.error("unexpected error: %s", where, exc_info=fault)
-    return GatewayError("The gateway failed; its log says more.")
+    return InternalError()
 
 
 def _log_entry(environ: Environ, status: int, headers: Headers) -> dict[str, Any]:
-    """The access log's entry for a request that is no exchange (exchanges log their own)."""
+    """The access log's entry for a request that is not an exchange; an exchange logs its own."""
     arrived = environ.get(ARRIVED) or time.monotonic()
     size = next((int(value) for name, value in headers if name.lower() == "content-length"), None)
     return {

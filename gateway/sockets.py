@@ -1,4 +1,4 @@
-"""Calls on a socket that must go past gevent and TLS: they look, or cut, and never wait."""
+"""Calls on the plain socket beneath gevent and TLS, which never wait."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _PEEK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
 
 
 def peek(sock: Any) -> bytes | None:
-    """Look at the next byte without taking it: ``b""`` at the end of the stream or when the
-    connection has failed, None when nothing has arrived."""
+    """Return the next byte without consuming it.
+
+    ``b""`` is the end of the stream or a failed connection, None means that nothing has arrived.
+    """
     plain = _borrow(sock)
     try:
         return bytes(plain.recv(1, _PEEK))
@@ -27,7 +29,7 @@ def peek(sock: Any) -> bytes | None:
 
 
 def shut(sock: Any) -> None:
-    """Shut both directions down at once; whoever waits for the socket sees it end."""
+    """Shut down both directions; whoever waits for the socket sees the end of the stream."""
     plain = _borrow(sock)
     try:
         plain.shutdown(socket.SHUT_RDWR)
@@ -38,7 +40,9 @@ def shut(sock: Any) -> None:
 
 
 def _borrow(sock: Any) -> socket.socket:
-    """The same file descriptor as a plain socket, to be detached and never closed. (The family
-    does not matter for these calls, so it isn't looked up.)"""
+    """The same file descriptor as a plain socket, which the caller must detach and never close.
+
+    The address family does not matter for these calls, so it isn't looked up.
+    """
     plain: socket.socket = _PlainSocket(socket.AF_INET, socket.SOCK_STREAM, 0, sock.fileno())
     return plain

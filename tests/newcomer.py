@@ -173,7 +173,7 @@ def follow_readme(folder: Path) -> None:
         do(block("cp .env.example"))
         newcomer.edit_env_file()
         do(block("lmstudio-gateway check"), "ok    LM Studio SDK: connected")
-        stack.enter_context(running(block("lmstudio-gateway serve"), "Worker serves"))
+        stack.enter_context(running(block("lmstudio-gateway serve"), "Worker ready"))
         do(block("lmstudio-gateway load"), MODEL, ": 100 %", f"Loaded {MODEL}")
 
         step("nginx in front, with deploy/nginx.conf")

@@ -161,7 +161,7 @@ class Gateway:
     def _is_up(self) -> bool:
         assert self.process.poll() is None, self.logged()
         expected = 1 if self.server == "gevent" else int(self.environ["WEB_CONCURRENCY"])
-        return self.logged().count("Worker serves") >= expected and self._answers()
+        return self.logged().count("Worker ready") >= expected and self._answers()
 
     def _answers(self) -> bool:
         family = socket.AF_UNIX if self.unix else socket.AF_INET

@@ -13,7 +13,7 @@ from gateway import sse
 from gateway.admin.models import Emit
 from gateway.clock import timestamp
 from gateway.errors import GatewayError, dumps
-from gateway.request import ClientGone, cancellation
+from gateway.request import ClientDisconnected, cancellation
 from gateway.sse import HEARTBEAT, KEEP_ALIVE
 
 Event = tuple[str, dict[str, Any]]
@@ -51,7 +51,7 @@ class Operation:
                 elif event[0].endswith(("_progress", "_complete")):
                     result = self._result if event[0].endswith("_complete") else {}
                     yield _event(event[0], {**result, **event[1]})
-        except ClientGone:
+        except ClientDisconnected:
             return
         except GatewayError as error:
             fields = {"error": error.message, "status": error.status, "requestId": request_id}
@@ -72,7 +72,7 @@ class Operation:
         except GatewayError as error:
             self._error = error
         except gevent.GreenletExit:
-            self._error = ClientGone("The client closed the connection.")
+            self._error = ClientDisconnected("The client closed the connection.")
         except Exception as error:
             self._error = error
         for event in completed:
@@ -84,7 +84,7 @@ class Operation:
     ) -> Iterator[Event | None]:
         """The events in order, and None after each ``heartbeat`` seconds without one.
 
-        Stops the work and raises ClientGone when the client disconnects.
+        Stops the work and raises ClientDisconnected when the client disconnects.
         """
         watch = cancellation.watch(environ, lambda: self._events.put(self._DISCONNECTED))
         try:
@@ -95,7 +95,7 @@ class Operation:
                     yield None
                     continue
                 if event is self._DISCONNECTED:
-                    raise ClientGone("The client closed the connection.")
+                    raise ClientDisconnected("The client closed the connection.")
                 if event[0] == "end":
                     break
                 yield event

@@ -52,7 +52,7 @@ def serve(kind: str) -> None:
     monkey.patch_all()  # in gunicorn's master, whose imports the workers inherit
     from gateway import serving
 
-    settings = serving.servable_or_exit()
+    settings = serving.checked_settings_or_exit()
     (serving.serve_gevent if kind == "gevent" else serving.serve_gunicorn)(settings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from gateway.errors import dialect
+from gateway.errors import dialect_of
 from gateway.observe import TYPES
 from gateway.openapi.shapes import Json
 from gateway.proxy import ENDPOINTS, Endpoint
@@ -145,7 +145,7 @@ def _operation(
     method: str, path: str, summary: str, content: Json, errors: tuple[int, ...]
 ) -> Json:
     """An operation whose errors are in the dialect of its path."""
-    shape = DIALECTS[dialect(path)]
+    shape = DIALECTS[dialect_of(path)]
     responses: Json = {"200": {"description": "Done.", "headers": headers(), "content": content}}
     for status in sorted((*_ACCESS_ERRORS, *errors)):
         responses[str(status)] = {"$ref": f"#/components/responses/{shape}{status}"}

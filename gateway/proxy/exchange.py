@@ -23,7 +23,7 @@ from gateway.request import (
     CLIENT,
     REQUEST_ID,
     Access,
-    ClientGone,
+    ClientDisconnected,
     bodies,
     cancellation,
     headers,
@@ -96,7 +96,7 @@ class Proxy:
         except Exception as error:
             record.status = error.status if isinstance(error, GatewayError) else 500
             record.fail(str(error))
-            record.finish(cancelled=isinstance(error, ClientGone))
+            record.finish(cancelled=isinstance(error, ClientDisconnected))
             raise
 
     def abort_all(self) -> None:
@@ -157,14 +157,14 @@ class Proxy:
         """Wait for the response; abort the exchange if the client disconnects meanwhile."""
         watch = cancellation.watch(environ, exchange.abort)
         try:
-            dialect = errors.dialect(environ["PATH_INFO"])
+            dialect = errors.dialect_of(environ["PATH_INFO"])
             status, response_headers, pieces = self._relay(exchange, tap, record, dialect)
         except BaseException as fault:
             if watch is not None:
                 watch.stop()
             exchange.close()
-            if watch is not None and watch.gone:
-                raise ClientGone("The client closed the connection.") from None
+            if watch is not None and watch.disconnected:
+                raise ClientDisconnected("The client closed the connection.") from None
             if isinstance(fault, ConnectionBroken):
                 reason = exchange.abort_reason
                 raise (Overloaded(reason) if reason else _bad_gateway(fault)) from None

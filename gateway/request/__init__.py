@@ -1,8 +1,8 @@
-"""Who asks for what: the WSGI environ of a request, read and judged before anything is done.
+"""Who asks for what: reads and checks the WSGI environ of a request before anything is done.
 
-:mod:`.access` decides who may pass and is the file to read first; :mod:`.target` works out where a
-request goes in LM Studio, :mod:`.bodies` reads its body within limits, :mod:`.headers` chooses the
-headers that travel on in both directions, and :mod:`.cancellation` notices that the client has
+:mod:`.access` decides who is admitted and is the file to read first; :mod:`.target` works out where
+a request goes in LM Studio, :mod:`.bodies` reads its body within limits, :mod:`.headers` chooses
+the headers to forward in both directions, and :mod:`.cancellation` notices that the client has
 disconnected.
 
 This package must not know about Flask, about LM Studio's protocols or about the shared state.
@@ -16,9 +16,9 @@ from gateway.request.access import (
     REQUEST_ID,
     Access,
     is_admin_path,
-    name_request,
+    request_id_of,
 )
-from gateway.request.cancellation import SOCKET, ClientGone, ClientWatch
+from gateway.request.cancellation import SOCKET, ClientDisconnected, ClientWatch
 from gateway.request.target import upstream_target
 
 __all__ = [
@@ -28,12 +28,12 @@ __all__ = [
     "REQUEST_ID",
     "SOCKET",
     "Access",
-    "ClientGone",
+    "ClientDisconnected",
     "ClientWatch",
     "bodies",
     "cancellation",
     "headers",
     "is_admin_path",
-    "name_request",
+    "request_id_of",
     "upstream_target",
 ]

@@ -1,6 +1,6 @@
-"""Who gets in: request id, allowlist, preflight, key and role, in that order (contract §2).
+"""Who is admitted: request id, allowlist, preflight, key and role, in that order (contract §2).
 
-Everything here works on the WSGI environ, so that one code serves every route.
+Everything here works on the WSGI environ, so that the same code guards every route.
 """
 
 from __future__ import annotations
@@ -20,34 +20,38 @@ from gateway.settings import AddressSet, Key, Settings
 
 Environ = dict[str, Any]
 
-#: Where the request id is kept in the environ.
+#: The key of the request id in the environ.
 REQUEST_ID = "gateway.request_id"
-#: Where the name of the key is kept in the environ.
+#: The environ key of the client: the name of its API key, empty without one.
 CLIENT = "gateway.client"
 
-#: What stands for the address of a peer on a Unix socket, which has none.
+#: Stands in for the address of a peer on a Unix socket, which has none.
 UNIX = "unix"
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+#: The request headers that a preflight may ask for if it does not name any itself.
+_CORS_HEADERS = "Authorization, Content-Type, X-API-Key"
 _ADMIN_PREFIXES = ("/admin/", "/debug/", "/metrics/", "/api/")
 _ADMIN_PATHS = ("/admin", "/debug", "/metrics", "/api")
-#: The page for looking, which a browser must get before it can ask for the key.
+#: The dashboard, which a browser must load before it can ask for the key.
 DASHBOARD_PATHS = ("/debug", "/debug/")
-#: Where a key is needed only with ``REQUIRE_AUTH_FOR_HEALTH``.
+#: Paths that need a key only with ``REQUIRE_AUTH_FOR_HEALTH``.
 HEALTH_PATHS = ("/health", "/health/", "/health/ready")
-#: What is no inference, so that admin keys alone close it too; any key opens it.
+#: Paths other than inference that any key opens. They need a key even if only admin keys are set.
 _ANY_KEY_PATHS = (*HEALTH_PATHS, "/openapi.json", "/openapi.json/")
 
 
 @dataclass(frozen=True)
 class _Digest:
+    """An accepted key, of which only the SHA-256 digest is kept."""
+
     name: str
     admin: bool
     digest: bytes
 
 
 class Access:
-    """The gate of one gateway. :meth:`admit` raises when a request must not go on."""
+    """Checks every request of one gateway. :meth:`admit` raises if a request is rejected."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -59,12 +63,12 @@ class Access:
         self._open = not settings.gateway_api_key
 
     def admit(self, environ: Environ) -> bool:
-        """Let the request pass or raise Forbidden (403) or Unauthorized (401).
+        """Admit the request, or raise Forbidden (403) or Unauthorized (401).
 
-        Leaves the request id and the client's key name in the environ. Returns whether the request
-        is a CORS preflight, which is answered without a key and goes no further.
+        Puts the request id and the name of the client's key into the environ. Returns whether the
+        request is a CORS preflight, which needs no key and no further handling.
         """
-        name_request(environ)
+        request_id_of(environ)
         if not self._settings.ip_allowlist.everybody:
             self._check_address(environ)
         if self.is_preflight(environ):
@@ -73,7 +77,7 @@ class Access:
         return False
 
     def is_preflight(self, environ: Environ) -> bool:
-        """Whether this is a CORS preflight of an allowed origin."""
+        """Whether this is a CORS preflight from an allowed origin."""
         return (
             environ["REQUEST_METHOD"] == "OPTIONS"
             and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
@@ -81,7 +85,7 @@ class Access:
         )
 
     def cors_headers(self, environ: Environ) -> Headers:
-        """The CORS headers of any answer; empty unless the origin is one of the settings'."""
+        """The CORS headers of any response; empty if ``CORS_ORIGINS`` is."""
         if not self._settings.cors_origins:
             return []
         origin = environ.get("HTTP_ORIGIN")
@@ -93,16 +97,16 @@ class Access:
             ("Vary", "Origin"),
         ]
         if self.is_preflight(environ):
-            asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
+            requested = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
             headers += [
                 ("Access-Control-Allow-Methods", environ["HTTP_ACCESS_CONTROL_REQUEST_METHOD"]),
-                ("Access-Control-Allow-Headers", asked or "Authorization, Content-Type, X-API-Key"),
+                ("Access-Control-Allow-Headers", requested or _CORS_HEADERS),
                 ("Access-Control-Max-Age", "600"),
             ]
         return headers
 
     def peer(self, environ: Environ) -> str:
-        """The address that the request comes from, as far as trusted proxies tell it."""
+        """The client's address, for which trusted proxies vouch in ``X-Forwarded-For``."""
         nearest = _socket_peer(environ)
         trusted = self._settings.trusted_proxies
         if not self.trusts_peer(environ):
@@ -115,7 +119,7 @@ class Access:
         return nearest
 
     def trusts_peer(self, environ: Environ) -> bool:
-        """Whether the peer's own ``X-Forwarded-*`` headers are to be believed."""
+        """Whether the socket's peer is a proxy whose ``X-Forwarded-*`` headers can be trusted."""
         trusted = self._settings.trusted_proxies
         nearest = _socket_peer(environ)
         return trusted.unix if nearest == UNIX else _within(nearest, trusted)
@@ -145,7 +149,7 @@ class Access:
         return key.name
 
     def _find(self, environ: Environ) -> _Digest | None:
-        """The accepted key that the request carries, if any."""
+        """The accepted key that the request presents, None if there is none."""
         for presented in _presented(environ):
             found = self._match(presented)
             if found is not None:
@@ -153,8 +157,8 @@ class Access:
         return None
 
     def _match(self, presented: str) -> _Digest | None:
-        # The digest of an unknown key is compared with all accepted ones, each in constant time,
-        # so that neither the answer's time nor the order of the keys tells anything.
+        # The presented key is compared with every accepted one, each in constant time, so that the
+        # time of the response reveals neither a digest nor the position of a key.
         digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
         found = None
         for accepted in self._digests:
@@ -163,13 +167,18 @@ class Access:
         return found
 
 
-def name_request(environ: Environ) -> str:
-    """Keep a sane inbound ``X-Request-Id``, else mint one; leave it in the environ."""
-    inbound = environ.get("HTTP_X_REQUEST_ID", "")
-    if not inbound or not _SANE_REQUEST_ID.fullmatch(inbound):
-        inbound = "req_" + secrets.token_hex(12)
-    environ[REQUEST_ID] = inbound
-    return str(inbound)
+def request_id_of(environ: Environ) -> str:
+    """The request's id: a sane inbound ``X-Request-Id``, else a new one.
+
+    The first call puts it into the environ, where later calls find it.
+    """
+    request_id = environ.get(REQUEST_ID)
+    if request_id is None:
+        request_id = environ.get("HTTP_X_REQUEST_ID", "")
+        if not _SANE_REQUEST_ID.fullmatch(request_id):
+            request_id = "req_" + secrets.token_hex(12)
+        environ[REQUEST_ID] = request_id
+    return str(request_id)
 
 
 def _digests(keys: Iterable[Key], *, admin: bool) -> list[_Digest]:
@@ -177,6 +186,7 @@ def _digests(keys: Iterable[Key], *, admin: bool) -> list[_Digest]:
 
 
 def _presented(environ: Environ) -> Iterable[str]:
+    """The keys that a request presents, in the order in which they are tried."""
     scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
     if scheme.lower() == "bearer" and credentials.strip():
         yield credentials.strip()
@@ -185,8 +195,8 @@ def _presented(environ: Environ) -> Iterable[str]:
 
 
 def is_admin_path(path: str) -> bool:
-    """Whether a path needs an admin key where there are such."""
-    # werkzeug's routing overlooks repeated slashes at the beginning
+    """Whether a path needs an admin key, once admin keys are set."""
+    # werkzeug's routing ignores repeated leading slashes
     path = "/" + path.lstrip("/")
     return path in _ADMIN_PATHS or path.startswith(_ADMIN_PREFIXES)
 

@@ -1,6 +1,6 @@
-"""The body of a request: whole or piece by piece, within its limits of size and time.
+"""Reads the body of a request, whole or piece by piece, within its limits of size and time.
 
-Works on the WSGI environ; what a WSGI server raises while it reads comes out as a BadRequest.
+Works on the WSGI environ; whatever a WSGI server raises while it reads becomes a BadRequest.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ _READ_BYTES = 65536
 
 
 def check_length(environ: Environ, limit: int) -> None:
-    """Refuse a body whose head tells already that it is too large."""
+    """Raise BodyTooLarge if ``Content-Length`` announces more than ``limit`` bytes."""
     length = environ.get("CONTENT_LENGTH") or "0"
     if length.isdigit() and int(length) > limit:
         raise too_large(limit)
 
 
 def read_body(environ: Environ, limit: int) -> bytes:
-    """The whole request body. Raises BodyTooLarge, or BadRequest when it breaks off."""
+    """Read the whole request body.
+
+    Raises BodyTooLarge, RequestTimeout, or BadRequest if the body is incomplete or malformed.
+    """
     return b"".join(_pieces(environ, limit))
 
 
 def stream_body(environ: Environ, limit: int) -> Body:
-    """The request body piece by piece, None when there is none."""
+    """The request body piece by piece, None if there is none. Iterating raises like
+    :func:`read_body`."""
     length = environ.get("CONTENT_LENGTH") or ""
     chunked = "HTTP_TRANSFER_ENCODING" in environ
     if not chunked and length in ("", "0"):
@@ -39,6 +43,7 @@ def stream_body(environ: Environ, limit: int) -> Body:
 
 
 def too_large(limit: int) -> BodyTooLarge:
+    """The error for a body of more than ``limit`` bytes."""
     return BodyTooLarge(f"The request body is larger than {limit} bytes.")
 
 
@@ -55,11 +60,11 @@ def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
         except GatewayError:
             raise
         except TimeoutError:
-            raise RequestTimeout("The request body came too slowly.") from None
+            raise RequestTimeout("The request body arrived too slowly.") from None
         except Exception as fault:
-            # each WSGI server has its own exceptions for a body that breaks off or breaks rules
-            what = type(fault).__name__
-            raise BadRequest(f"The request body can't be read: {what}.") from None
+            # each WSGI server has its own exceptions for an incomplete or malformed body
+            kind = type(fault).__name__
+            raise BadRequest(f"The request body can't be read: {kind}.") from None
         if not piece:
             break
         size += len(piece)
@@ -67,4 +72,4 @@ def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
             raise too_large(limit)
         yield piece
     if expected is not None and size < expected:
-        raise BadRequest("The request body broke off.")
+        raise BadRequest("The request body is incomplete.")

@@ -1,9 +1,9 @@
-"""Noticing that a client has left, while its request waits for LM Studio.
+"""Notices that a client disconnects while its request waits for LM Studio.
 
-Nobody reads or writes the client's socket during that time, so the event loop watches it: when it
-becomes readable and what there is to read is the end, the client has gone. A client that closes
-only its sending half (``shutdown(SHUT_WR)``) looks the same on the wire; like nginx, Go's net/http
-and most HTTP/1.1 servers the gateway takes it for gone.
+Nothing reads or writes the client's socket during that time, so the event loop watches it: if it
+becomes readable and reading yields the end of the stream, the client has disconnected. A client
+that closes only its sending half (``shutdown(SHUT_WR)``) looks the same on the wire; like nginx,
+Go's net/http and most HTTP/1.1 servers, the gateway treats it as disconnected.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ import gevent.monkey
 from gateway import sockets
 from gateway.errors import GatewayError
 
-_READ = 1
-
-#: Seconds between two looks at a client that has sent more than its request (pipelining): the data
-#: in front hides the end from MSG_PEEK, but not from poll(2).
+#: The key of the client's socket in the environ, where the WSGI server puts it.
+SOCKET = "gateway.socket"
+#: Seconds between two checks of a client that has sent more than its request (pipelining): the
+#: unread data hides the end of the stream from MSG_PEEK, but not from poll(2).
 PIPELINED_INTERVAL = 0.25
+
+#: libev's event mask for a readable socket.
+_READ = 1
 _PEER_CLOSED = getattr(select, "POLLRDHUP", 0)
 
 
-#: Where the WSGI server keeps the client's socket in the environ.
-SOCKET = "gateway.socket"
-
-
-class ClientGone(GatewayError):
-    """The client disconnected before there was anything to answer; nobody reads this."""
+class ClientDisconnected(GatewayError):
+    """The client disconnected before it got a response, so nobody reads this error."""
 
     status, code = 499, "client_closed_request"
 
 
 class ClientWatch:
-    """Calls ``on_gone`` once, from the event loop, when the client has left."""
+    """Calls ``on_disconnect`` once, from the event loop, when the client disconnects."""
 
-    def __init__(self, client: Any, on_gone: Callable[[], None]) -> None:
-        self.gone = False
-        self._on_gone = on_gone
+    def __init__(self, client: Any, on_disconnect: Callable[[], None]) -> None:
+        self.disconnected = False
+        self._on_disconnect = on_disconnect
         self._client = client
         loop = gevent.get_hub().loop
         self._watcher = loop.io(client.fileno(), _READ)
@@ -58,42 +57,44 @@ class ClientWatch:
             self._timer = None
 
     def _readable(self) -> None:
-        """In the event loop: must not block."""
-        waiting = sockets.peek(self._client)
-        if waiting is None:
+        """Runs in the event loop and must not block."""
+        data = sockets.peek(self._client)
+        if data is None:
             return
-        if waiting:
+        if data:
             self._watcher.close()
             self._watcher = None
             loop = gevent.get_hub().loop
             self._timer = loop.timer(PIPELINED_INTERVAL, repeat=PIPELINED_INTERVAL)
-            self._timer.start(self._look_behind)
+            self._timer.start(self._check_pipelined)
             return
-        self._left()
+        self._disconnected()
 
-    def _look_behind(self) -> None:
+    def _check_pipelined(self) -> None:
         if _has_closed(self._client):
-            self._left()
+            self._disconnected()
 
-    def _left(self) -> None:
+    def _disconnected(self) -> None:
         self.stop()
-        self.gone = True
-        self._on_gone()
+        self.disconnected = True
+        self._on_disconnect()
 
 
-def watch(environ: dict[str, Any], on_gone: Callable[[], None]) -> ClientWatch | None:
-    """Watch the client of a request; None where the WSGI server does not tell its socket."""
+def watch(environ: dict[str, Any], on_disconnect: Callable[[], None]) -> ClientWatch | None:
+    """Watch the client of a request; None if the WSGI server does not expose its socket."""
     client = environ.get(SOCKET)
-    return None if client is None else ClientWatch(client, on_gone)
+    return None if client is None else ClientWatch(client, on_disconnect)
 
 
 def _has_closed(client: Any) -> bool:
-    """Whether the peer's end has come behind data that nobody has read yet (Linux tells it, others
-    at most when the connection was reset, Windows never)."""
+    """Whether the peer has closed its side behind data that is still unread.
+
+    Linux reports that, other systems report at most a reset connection, and Windows nothing.
+    """
     try:
         poll = gevent.monkey.get_original("select", "poll")()
     except AttributeError:
         return False
-    # POLLHUP and POLLERR are told unasked
+    # POLLHUP and POLLERR are always reported
     poll.register(client.fileno(), _PEER_CLOSED)
     return bool(poll.poll(0))

@@ -1,4 +1,4 @@
-"""Which headers go on, in both directions, and which the gateway writes itself (contract §4)."""
+"""Which headers are forwarded, in both directions, and which the gateway writes (contract §4)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gateway.request.bodies import Body
 
 Environ = dict[str, Any]
 
-#: Request headers that end here, beside those that ``Connection`` names. ``Forwarded`` and
-#: ``X-Forwarded-*`` are written anew.
+#: Request headers that are not forwarded, nor are those that ``Connection`` names. The gateway
+#: writes its own ``X-Forwarded-*``.
 _NOT_FORWARDED = frozenset(
     {
         "HTTP_HOST",
@@ -33,8 +33,7 @@ _NOT_FORWARDED = frozenset(
         "HTTP_UPGRADE",
     }
 )
-#: Response headers that end here. The WSGI server writes Date and Server itself, and who may read
-#: the gateway's answers across origins is the gateway's to say.
+#: Response headers that are not relayed. The WSGI server writes its own Date and Server.
 _NOT_RELAYED = frozenset(
     {
         "connection",
@@ -52,7 +51,9 @@ _NOT_RELAYED = frozenset(
     }
 )
 
+#: Not relayed either: only the gateway decides which origins may read its responses.
 _CORS = "access-control-"
+#: Response headers that describe a body, and are wrong for another one.
 _ABOUT_BODY = ("content-type", "content-length", "content-encoding", "etag", "last-modified")
 
 
@@ -62,10 +63,10 @@ _ABOUT_BODY = ("content-type", "content-length", "content-encoding", "etag", "la
 def to_upstream(
     environ: Environ, body: Body, authority: str, authorization: str | None, *, trusted: bool
 ) -> dict[str, str]:
-    """The request's headers as they go to LM Studio.
+    """The headers of the request to LM Studio.
 
-    ``authority`` is LM Studio's ``host:port``; ``trusted`` tells whether the peer is a proxy whose
-    ``X-Forwarded-*`` are continued.
+    ``authority`` is LM Studio's ``host:port``; ``trusted`` says whether the peer is a proxy whose
+    ``X-Forwarded-*`` headers can be trusted (see :meth:`.Access.trusts_peer`).
     """
     headers = {"Host": authority}
     dropped = _named_in_connection(environ)
@@ -84,21 +85,21 @@ def to_upstream(
         headers["Transfer-Encoding"] = "chunked"
     if authorization is not None:
         headers["Authorization"] = authorization
-    _forward(environ, headers, trusted)
+    _add_forwarded(environ, headers, trusted)
     return headers
 
 
-def _forward(environ: Environ, headers: dict[str, str], trusted: bool) -> None:
-    """``X-Forwarded-*``: a trusted proxy's are continued, anybody else's replaced."""
+def _add_forwarded(environ: Environ, headers: dict[str, str], trusted: bool) -> None:
+    """Add ``X-Forwarded-*``: extend those of a trusted proxy and replace those of others."""
     hops = [environ.get("HTTP_X_FORWARDED_FOR") if trusted else "", environ.get("REMOTE_ADDR")]
     proto = environ.get("HTTP_X_FORWARDED_PROTO") if trusted else ""
     host = environ.get("HTTP_X_FORWARDED_HOST") if trusted else ""
-    told = {
+    forwarded = {
         "X-Forwarded-For": ", ".join(hop for hop in hops if hop),
         "X-Forwarded-Proto": proto or environ["wsgi.url_scheme"],
         "X-Forwarded-Host": host or environ.get("HTTP_HOST"),
     }
-    headers.update((name, value) for name, value in told.items() if value)
+    headers.update((name, value) for name, value in forwarded.items() if value)
 
 
 @lru_cache(maxsize=1024)
@@ -108,6 +109,7 @@ def _wire_name(key: str) -> str:
 
 
 def _named_in_connection(environ: Environ) -> set[str]:
+    """The environ keys of the headers that ``Connection`` declares hop-by-hop."""
     named = environ.get("HTTP_CONNECTION", "")
     if not named or named in ("keep-alive", "close"):
         return set()
@@ -118,8 +120,10 @@ def _named_in_connection(environ: Environ) -> set[str]:
 
 
 def to_client(status: int, headers: Headers) -> Headers:
-    """LM Studio's headers without those that are about its connection only, with what the OpenAI
-    SDKs look for in an error answer."""
+    """LM Studio's response headers without the hop-by-hop ones.
+
+    Errors also get the headers by which the OpenAI SDKs decide whether to retry.
+    """
     dropped = set(_NOT_RELAYED)
     for name, value in headers:
         if name.lower() == "connection":
@@ -132,18 +136,18 @@ def to_client(status: int, headers: Headers) -> Headers:
 
 
 def with_error(headers: Headers, error: GatewayError) -> Headers:
-    """LM Studio's headers that go with an error whose body the gateway writes anew."""
+    """LM Studio's response headers for an error whose body the gateway rewrites."""
     return to_client(error.status, without(headers, *_ABOUT_BODY))
 
 
 def of_stream(headers: Headers) -> Headers:
-    """The headers of an event stream, kept from being buffered or stored on the way."""
+    """The headers of an event stream, which proxies must neither buffer nor cache."""
     kept = without(headers, "cache-control", "x-accel-buffering", "content-length")
     return [*kept, ("X-Accel-Buffering", "no"), ("Cache-Control", "no-cache")]
 
 
 def without(headers: Headers, *names: str) -> Headers:
-    """Headers but for those of the given lower-case names."""
+    """The headers other than those with the given lower-case names."""
     return [(name, value) for name, value in headers if name.lower() not in names]
 
 

@@ -2,7 +2,7 @@
 
 The same code serves under gunicorn's gevent worker and under gevent's own WSGI server, where a
 :class:`Connection` is the server's ``handler_class``. It replaces gunicorn's own reading and
-writing, which costs as much as all the rest of a request (README.rst, Speed).
+writing, which costs as much as the rest of a request (README.rst, Speed).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -23,93 +24,93 @@ from gateway.serving.response import Response, final_response
 
 Environ = dict[str, Any]
 
-#: Seconds that an idle connection is kept, and that a request's head may take to come.
+#: Seconds that an idle connection is kept open, and that the head of a request may take to arrive.
 KEEP_ALIVE = 65.0
-#: Seconds for which a connection is read from after its last answer, which is lost to a client
-#: that is still sending if it is closed at once.
+#: Seconds to keep reading after the last response of a connection. If the gateway closed the
+#: connection at once, a client that is still sending would lose the response.
 LINGER = 2.0
-#: Seconds after the beginning of the end for which idle client connections are kept.
-IDLE_AT_END = 1.0
-#: Seconds before the end of the grace period at which running streams get an error event.
-LAST_WORDS = 2.0
+#: Seconds that idle client connections stay open once the server drains.
+DRAIN_KEEP_ALIVE = 1.0
+#: Seconds before the end of the grace period at which the remaining streams get an error event.
+ABORT_MARGIN = 2.0
 
 logger = logging.getLogger(__name__)
 
 
-# Serving --------------------------------------------------------------------------------------
-
-
 class Connection:
-    """One client's connection, from its first request to its end."""
+    """One client's connection, from its first request until it closes."""
 
     def __init__(self, sock: Any, address: Any, server: Server) -> None:
         self._socket = sock
         self._server = server
-        self._received = RequestReader(sock)
+        self._reader = RequestReader(sock)
         self._base: Environ = {**server.get_environ(), SOCKET: sock}
         if isinstance(address, tuple):
             self._base["REMOTE_ADDR"], self._base["REMOTE_PORT"] = address[0], str(address[1])
 
     def handle(self) -> None:
-        """Serve requests until one of the two sides has had enough."""
+        """Serve requests until either side closes the connection."""
         try:
             while self._serve_one():
                 pass
         except (ConnectionEnded, OSError):
-            pass  # the client has left
+            pass  # the client has disconnected
         finally:
             self._socket.close()
 
-    def hang_up(self) -> None:
-        """End a connection that waits for its next request."""
+    def close_idle(self) -> None:
+        """Close a connection that waits for its next request; :meth:`handle` sees the end."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _serve_one(self) -> bool:
-        """Serve the next request; returns whether there may be another."""
+        """Serve the next request. Returns whether the connection can carry another one."""
         environ = self._base.copy()
         try:
-            self._server.waiting.add(self)
-            try:
-                head = self._received.head(IDLE_AT_END if self._server.ending else KEEP_ALIVE)
-            finally:
-                self._server.waiting.discard(self)
-            keep, length = parse(head, environ)
-            body = RequestBody(self._received, length, self._invitation(environ))
-        except RequestRejected as refusal:
-            self._refuse(refusal, environ)
+            keep_alive, length = parse(self._read_head(), environ)
+            body = RequestBody(self._reader, length, self._continue(environ))
+        except RequestRejected as error:
+            self._reject(error, environ)
             return False
         environ["wsgi.input"] = body
-        answer = Response(self._socket, environ, body, keep and not self._server.ending)
-        answer.send(self._server.application)
-        if not answer.keep:
+        keep_alive = keep_alive and not self._server.draining
+        response = Response(self._socket, environ, body, keep_alive)
+        response.send(self._server.application)
+        if not response.keep_alive:
             self._linger(body)
             return False
         while not body.done:
             body.read(READ_BYTES)
-        if self._received.pending:
-            gevent.sleep(0)  # a client that sends its requests at once must not starve the others
+        if self._reader.pending:
+            gevent.sleep(0)  # a client that pipelines requests must not starve the others
         return True
 
-    def _invitation(self, environ: Environ) -> Any:
-        """What invites the body of a client that waits for ``100 Continue``."""
+    def _read_head(self) -> bytes:
+        self._server.idle.add(self)
+        try:
+            return self._reader.head(DRAIN_KEEP_ALIVE if self._server.draining else KEEP_ALIVE)
+        finally:
+            self._server.idle.discard(self)
+
+    def _continue(self, environ: Environ) -> Callable[[], None] | None:
+        """How to send ``100 Continue``; None unless the client waits for it."""
         expected = environ.get("HTTP_EXPECT")
         if expected is None:
             return None
         if expected.lower() != "100-continue":
-            raise RequestRejected("The request expects what is not known here.", status=417)
+            raise RequestRejected("The Expect header is not supported.", status=417)
         if environ["SERVER_PROTOCOL"] == "HTTP/1.0":
             return None
         return lambda: self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _refuse(self, refusal: RequestRejected, environ: Environ) -> None:
-        """Response what is no request of ours, without its bytes in the log: a key may be there."""
-        logger.info("refused what is no request: %s", refusal)
-        self._socket.sendall(final_response(refusal, environ))
+    def _reject(self, error: RequestRejected, environ: Environ) -> None:
+        """Respond to a malformed request. Its bytes stay out of the log: they may hold a key."""
+        logger.info("rejected a malformed request: %s", error)
+        self._socket.sendall(final_response(error, environ))
         self._linger(None)
 
     def _linger(self, body: RequestBody | None) -> None:
-        """Read away what the client is still sending, for a while."""
+        """Discard what the client still sends, for at most :data:`LINGER` seconds."""
         if body is not None and body.done:
             return
         self._socket.shutdown(socket.SHUT_WR)
@@ -121,39 +122,42 @@ class Connection:
 
 
 class Server(WSGIServer):  # type: ignore[misc]
-    """gevent's WSGI server, which can be told to come to an end."""
+    """gevent's WSGI server, which can also drain."""
 
     handler_class = Connection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         #: The connections that wait for their next request.
-        self.waiting: set[Connection] = set()
-        #: Whether answers say that they are the last ones of their connection.
-        self.ending = False
+        self.idle: set[Connection] = set()
+        #: Whether each response is the last one of its connection.
+        self.draining = False
         super().__init__(*args, **kwargs)
 
     def update_environ(self) -> None:
-        """WSGI wants them; gevent would look the address up in the DNS."""
+        """Set the keys that WSGI requires; gevent would look the address up in the DNS."""
         host, port, *_ = self.address if isinstance(self.address, tuple) else ("localhost", 0)
         self.environ["SERVER_NAME"], self.environ["SERVER_PORT"] = str(host), str(port)
         self.environ["wsgi.input_terminated"] = True
 
-    def end_waiting(self) -> None:
+    def close_idle(self) -> None:
         """Close the connections that wait for their next request."""
-        for connection in list(self.waiting):
-            connection.hang_up()
+        for connection in list(self.idle):
+            connection.close_idle()
 
 
 def drain(app: Any, servers: list[Server], grace: float) -> None:
-    """Bring what a process serves to its end, for ``grace`` seconds at most: event streams end at
-    once, idle connections soon, and inference streams with an error event if they must."""
+    """Drain what a process serves, within a grace period of ``grace`` seconds.
+
+    Event streams end at once and idle connections soon; inference streams that are still in flight
+    shortly before the end get an error event.
+    """
     app.extensions["gateway"].drain()
     for server in servers:
-        server.ending = True
-    # A client that is about to send its next request gets it answered, with Connection: close.
-    # (One whose answer ends later has as much time.)
-    gevent.sleep(IDLE_AT_END)
+        server.draining = True
+    # A client that is about to send its next request gets a response, with Connection: close.
+    # (A connection whose response ends later has as much time.)
+    gevent.sleep(DRAIN_KEEP_ALIVE)
     for server in servers:
-        server.end_waiting()
-    gevent.sleep(max(0.0, grace - IDLE_AT_END - LAST_WORDS))
+        server.close_idle()
+    gevent.sleep(max(0.0, grace - DRAIN_KEEP_ALIVE - ABORT_MARGIN))
     app.extensions["gateway"].proxy.abort_all()

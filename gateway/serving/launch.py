@@ -1,5 +1,5 @@
-"""How the gateway is served: by gunicorn (``gunicorn.conf.py`` and ``serve``) or, where there is
-none, by gevent's own WSGI server in one process."""
+"""Starts the gateway: under gunicorn (``gunicorn.conf.py`` and ``serve``) or, where gunicorn is
+missing, under gevent's own WSGI server in one process."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from gateway.serving import logs
 from gateway.settings import Settings, SettingsError, load, read_environment
 from gateway.state import open_sqlite, sqlite_path
 
-#: Connections of one worker; each may be a stream.
+#: Client connections of one worker; each may be a stream.
 WORKER_CONNECTIONS = 4096
-#: Seconds that running requests get after SIGTERM.
+#: Seconds that requests in flight get after SIGTERM: the grace period.
 GRACEFUL_TIMEOUT = 30
-MOST_WORKERS = 4
+#: The most workers that are started unless ``WEB_CONCURRENCY`` asks for more.
+MAX_WORKERS = 4
+#: Connections that the kernel queues until a worker accepts them.
 BACKLOG = 2048
 
 logger = logging.getLogger(__name__)
 
 
 def gunicorn_options(settings: Settings) -> dict[str, Any]:
-    """gunicorn's settings by their names in a configuration file."""
+    """gunicorn's settings, by the names that they have in a gunicorn configuration file."""
     # gunicorn is missing on Windows
     from gateway.serving import worker
 
@@ -46,7 +48,7 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "backlog": BACKLOG,
         "graceful_timeout": GRACEFUL_TIMEOUT,
         "timeout": 60,
-        # the SDK's client and gevent's hub must be made in the worker, after the fork
+        # the SDK's client and gevent's hub must be created in the worker, after the fork
         "preload_app": False,
         "proc_name": "lmstudio-gateway",
         "accesslog": None,
@@ -71,21 +73,22 @@ def bind_address(settings: Settings) -> str:
 
 
 def workers() -> Any:
-    """``WEB_CONCURRENCY`` as it stands (gunicorn judges it), else one a core, at most four."""
+    """``WEB_CONCURRENCY`` unparsed, as gunicorn validates it; else one per core, at most four."""
     chosen = read_environment().get("WEB_CONCURRENCY")
-    return chosen or min(MOST_WORKERS, os.cpu_count() or 1)
+    return chosen or min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def settings_or_exit() -> Settings:
-    """The settings; with bad ones, one line for each on stderr and exit status 1."""
+    """Load the settings. Bad ones are printed to stderr, one line for each problem, and raise
+    SystemExit with status 1."""
     try:
         return load()
     except SettingsError as error:
         raise _exit(error) from None
 
 
-def servable_or_exit() -> Settings:
-    """The settings, with a state that can be opened; else like :func:`settings_or_exit`."""
+def checked_settings_or_exit() -> Settings:
+    """Like :func:`settings_or_exit`, and check that the shared state can be opened."""
     settings = settings_or_exit()
     try:
         check_state(settings.state_url)
@@ -95,8 +98,11 @@ def servable_or_exit() -> Settings:
 
 
 def check_state(url: str) -> None:
-    """Open the SQLite state once, so that the start fails in words and not in every worker. (A
-    Redis may come later: the gateway serves without it.)"""
+    """Open the SQLite state once, so that a fault is one readable line and not a traceback of every
+    worker. Redis need not be up yet, as the gateway serves without it.
+
+    Raises SettingsError.
+    """
     path = sqlite_path(url, Flask("gateway", static_folder=None).instance_path)
     if path is None:
         if find_spec("redis") is None:
@@ -109,28 +115,29 @@ def check_state(url: str) -> None:
         raise SettingsError([f"STATE_URL: cannot open {path}: {fault}"]) from None
 
 
-def serve_gunicorn(first: Settings) -> None:
+def serve_gunicorn(initial: Settings) -> None:
     """Run gunicorn in this process until a signal ends it; SIGHUP reads the settings again."""
     if not os.environ.get("WEB_CONCURRENCY"):
-        # empty, as in .env.example, it would be an error to gunicorn
+        # gunicorn rejects an empty value, which .env.example has
         os.environ.pop("WEB_CONCURRENCY", None)
+    # gunicorn is missing on Windows
     from gunicorn.app.base import BaseApplication
 
     class Application(BaseApplication):  # type: ignore[misc]
-        settings = first
+        settings = initial
 
         def load_config(self) -> None:
             for name, value in gunicorn_options(self.settings).items():
                 self.cfg.set(name, value)
 
         def load(self) -> Any:
-            # in the worker, after the fork
+            # heavy, and worker.on_starting must set the metrics' directory first
             from gateway.app import create_app
 
             return create_app(self.settings)
 
         def reload(self) -> None:
-            """SIGHUP: what .env says now; bad settings leave everything as it was."""
+            """Read the settings again on SIGHUP; bad ones leave everything as it was."""
             try:
                 self.settings = load()
             except SettingsError as error:
@@ -142,8 +149,10 @@ def serve_gunicorn(first: Settings) -> None:
 
 
 def serve_gevent(settings: Settings) -> None:
-    """Serve from this process alone, where gunicorn does not run (Windows), until SIGTERM (or
-    Ctrl-C) ends it. Standard library modules must have been patched by gevent."""
+    """Serve from this process alone until SIGTERM or Ctrl-C, where gunicorn does not run (Windows).
+
+    gevent must have patched the standard library.
+    """
     # heavy, and not needed by gunicorn's master
     from gateway.app import create_app
     from gateway.serving.connection import Server, drain
@@ -153,27 +162,28 @@ def serve_gevent(settings: Settings) -> None:
     parts = app.extensions["gateway"]
     pool = Pool(WORKER_CONNECTIONS)
     server = Server(_listener(settings), app, spawn=pool, log=None, error_log=None)
-    ended = Event()
+    stopping = Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
-        gevent.signal_handler(sig, ended.set)
+        gevent.signal_handler(sig, stopping.set)
     parts.start()
     server.start()
-    logger.info("Worker serves (pid: %s)", os.getpid())
-    ended.wait()
+    logger.info("Worker ready (pid: %s)", os.getpid())
+    stopping.wait()
     server.close()
-    ending = gevent.spawn(drain, app, [server], GRACEFUL_TIMEOUT)
+    draining = gevent.spawn(drain, app, [server], GRACEFUL_TIMEOUT)
     pool.join(GRACEFUL_TIMEOUT)
-    ending.kill()
+    draining.kill()
     server.stop(timeout=1)
     parts.stop()
     _unlink_socket(settings)
 
 
 def _listener(settings: Settings) -> Any:
-    """The listening socket; exit status 1 in words when it can't be had."""
+    """The listening socket. An address that can't be used is reported on stderr and raises
+    SystemExit with status 1."""
     host = settings.gateway_host
     if host.startswith("unix:") and not hasattr(socket, "AF_UNIX"):
-        problem = "GATEWAY_HOST: Python has no Unix sockets here (example: 127.0.0.1)"
+        problem = "GATEWAY_HOST: Python has no Unix sockets on this system (example: 127.0.0.1)"
         raise _exit(SettingsError([problem]))
     try:
         if host.startswith("unix:"):
@@ -183,7 +193,7 @@ def _listener(settings: Settings) -> Any:
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.socket(family)
-            if os.name == "posix":  # elsewhere it means that others may take the port over
+            if os.name == "posix":  # elsewhere it lets other processes take the port over
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             listener.bind((host, settings.gateway_port))
@@ -196,7 +206,7 @@ def _listener(settings: Settings) -> Any:
 
 
 def _unlink_socket(settings: Settings) -> None:
-    """Remove the Unix socket, which stays when a process ends; nothing else of that name."""
+    """Remove the Unix socket, which outlives its process; a file of another kind stays."""
     path = settings.gateway_host.removeprefix("unix:")
     if path != settings.gateway_host:
         with suppress(FileNotFoundError):
@@ -205,6 +215,7 @@ def _unlink_socket(settings: Settings) -> None:
 
 
 def _exit(error: SettingsError) -> SystemExit:
+    """Print the problems to stderr; the caller raises what this returns."""
     for problem in error.problems:
         print(problem, file=sys.stderr)
     return SystemExit(1)

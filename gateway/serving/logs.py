@@ -1,4 +1,4 @@
-"""The log: one configuration for gunicorn's messages and ours, as text or as JSON lines."""
+"""Configures logging: gunicorn's messages and the gateway's in one format, text or JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; a message that is a dict becomes members of it."""
+    """One JSON object per line, with ``timestamp``, ``level``, ``logger`` and ``message``."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -36,7 +36,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configuration(level: str, form: str) -> dict[str, Any]:
-    """For ``logging.config.dictConfig``, which gunicorn calls with it."""
+    """A configuration for ``logging.config.dictConfig``.
+
+    ``level`` and ``form`` are the values of ``LOG_LEVEL`` and ``LOG_FORMAT``.
+    """
     formatter = JsonFormatter if form == "json" else TextFormatter
     handler = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
     chosen = LEVELS[level]
@@ -45,7 +48,7 @@ def configuration(level: str, form: str) -> dict[str, Any]:
         "disable_existing_loggers": False,
         "formatters": {"line": {"()": formatter}},
         "handlers": {"stderr": handler},
-        # libraries' chatter stays out: only their warnings are an operator's business
+        # libraries log too much: only their warnings matter to an operator
         "root": {"level": "WARNING", "handlers": ["stderr"]},
         "loggers": {
             "gateway": {"level": chosen},

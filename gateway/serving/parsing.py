@@ -1,6 +1,6 @@
-"""The head of an HTTP/1.1 request, parsed into a WSGI environ (RFC 9112).
+"""Parses the head of an HTTP/1.1 request into a WSGI environ (RFC 9112).
 
-The parser is strict: what two parties read differently can be smuggled past one of them.
+The parser is strict: a head that two parties read differently smuggles requests past one of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from gateway.errors import GatewayError
 from gateway.lmstudio import HEADER_LINE, TOKEN
 
 Environ = dict[str, Any]
-#: Bytes of a line, header lines of a request, bytes of a whole head.
+#: Bytes of the request line or of one header line.
 MAX_LINE = 8190
+#: Header lines of a request.
 MAX_FIELDS = 100
+#: Bytes of a whole head.
 MAX_HEAD = 65536
 
 _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
@@ -24,26 +26,26 @@ _ABSOLUTE = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#\[\]]*|\[[0-9A-Fa-f:.]+\](?::\d*)?)(?=[/?#]|$)"
 )
 _LENGTH = re.compile(r"[0-9]{1,18}")
-#: What can be there once only; of two, it is not clear who means which.
+#: Headers that must not be repeated: recipients disagree about which of the two counts.
 SINGLE = frozenset({"CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_HOST", "HTTP_TRANSFER_ENCODING"})
 
 
 class RequestRejected(GatewayError):
-    """What came is no request that can be served; the connection ends with the answer."""
+    """The request is malformed or not supported; its response is the last of the connection."""
 
     status, code = 400, "bad_request"
 
 
 def parse(head: bytes, environ: Environ) -> tuple[bool, int | None]:
-    """Put a request's head into a WSGI environ.
+    """Parse a request's head into ``environ``.
 
-    Returns whether the client wants to keep the connection, and the length of the body (None: it
-    comes in chunks). Raises RequestRejected.
+    Returns whether the client wants to keep the connection alive, and the length of the body (None
+    if it is chunked). Raises RequestRejected.
     """
     first, *lines = head.split(b"\r\n")
     found = _REQUEST_LINE.fullmatch(first)
     if found is None:
-        raise RequestRejected("The request line is not acceptable.")
+        raise RequestRejected("The request line is malformed.")
     if len(first) > MAX_LINE:
         raise RequestRejected("The request line is too long.", status=414)
     target = found[2].decode("ascii")
@@ -59,22 +61,22 @@ def parse(head: bytes, environ: Environ) -> tuple[bool, int | None]:
         if key not in environ:
             environ[key] = value
         elif key in SINGLE:
-            raise RequestRejected("A header is there twice that can be there only once.")
+            raise RequestRejected("A header is repeated that must not be.")
         elif key:
             environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
     environ.pop("", None)
     connection = environ.get("HTTP_CONNECTION", "").lower()
-    keep = "keep-alive" in connection if old else "close" not in connection
-    return keep and method != "CONNECT", _length(environ, old)
+    keep_alive = "keep-alive" in connection if old else "close" not in connection
+    return keep_alive and method != "CONNECT", _length(environ, old)
 
 
 def _path(method: str, target: str) -> tuple[str, str]:
-    """PATH_INFO and QUERY_STRING of a request target."""
+    """Split a request target into PATH_INFO and QUERY_STRING."""
     if not target.startswith("/") and not (target == "*" and method == "OPTIONS"):
-        # absolute-form, as a client of a forward proxy sends it: its host means nothing here
+        # absolute-form, as clients of a forward proxy send it: the gateway ignores its host
         target, changed = _ABSOLUTE.subn("", target, count=1)
         if not changed:
-            raise RequestRejected("The request's target is not acceptable.")
+            raise RequestRejected("The request target is malformed.")
     path, _, query = target.partition("#")[0].partition("?")
     if "%" in path:
         path = unquote_to_bytes(path).decode("latin-1")
@@ -83,15 +85,16 @@ def _path(method: str, target: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=2048)
 def header_field(line: bytes) -> tuple[str, str]:
-    """A header line's key in the environ and its value; clients repeat most of them every time.
+    """Parse a header line into its key in the environ and its value.
 
     The key is empty for a name with an underscore, which WSGI can't tell from one with a hyphen.
+    The results are cached, because clients send most header lines again with every request.
     """
     if len(line) > MAX_LINE:
         raise RequestRejected("A header is too long.", status=431)
     found = HEADER_LINE.fullmatch(line)
     if found is None:
-        raise RequestRejected("A header is not acceptable.")
+        raise RequestRejected("A header is malformed.")
     name = found[1].decode("ascii").upper()
     if "_" in name:
         return "", ""
@@ -102,33 +105,36 @@ def header_field(line: bytes) -> tuple[str, str]:
 
 
 def _length(environ: Environ, old: bool) -> int | None:
-    """The length of the body, None when it is chunked (RFC 9112 §6.3)."""
+    """The length of the body in bytes, None if it is chunked (RFC 9112 §6.3)."""
     length = environ.get("CONTENT_LENGTH")
     coding = environ.get("HTTP_TRANSFER_ENCODING")
     if coding is not None:
         if coding.lower() != "chunked":
             raise RequestRejected(
-                "Bodies can be chunked, but have no other transfer coding.",
+                "The only supported transfer coding is chunked.",
                 status=501,
                 code="unsupported_transfer_coding",
             )
         if length is not None or old:
-            raise RequestRejected("The length of the body is not clear.")
+            raise RequestRejected("The length of the body is ambiguous.")
         return None
     if length is None:
         return 0
     if not _LENGTH.fullmatch(length):
-        raise RequestRejected("The Content-Length is not acceptable.")
+        raise RequestRejected("The Content-Length is malformed.")
     return int(length)
 
 
-def check_beginning(data: bytes) -> None:
-    """Refuse what can't become a head, before all of it has come (if it ever does)."""
+def check_partial_head(data: bytes) -> None:
+    """Reject bytes that can't become a head without waiting for the rest of them.
+
+    Raises RequestRejected.
+    """
     first, line_end, _ = data.partition(b"\r\n")
     if line_end and not _REQUEST_LINE.fullmatch(first):
-        raise RequestRejected("The request line is not acceptable.")
+        raise RequestRejected("The request line is malformed.")
     if b"\n" in first or not first or not re.match(TOKEN, first):
-        raise RequestRejected("This is no HTTP request.")
+        raise RequestRejected("This is not an HTTP request.")
     if len(first) > MAX_LINE:
         raise RequestRejected("The request line is too long.", status=414)
     if len(data) > MAX_HEAD:

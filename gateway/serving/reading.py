@@ -1,11 +1,13 @@
-"""Reading from a client's connection: bytes, heads and request bodies."""
+"""Reads from a client's connection: bytes, request heads and request bodies."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
+from gateway.clock import remaining
 from gateway.lmstudio import TOKEN
 from gateway.serving.parsing import (
     MAX_FIELDS,
@@ -13,31 +15,29 @@ from gateway.serving.parsing import (
     MAX_LINE,
     SINGLE,
     RequestRejected,
-    check_beginning,
+    check_partial_head,
     header_field,
 )
 
-#: Seconds in which each piece of a request body must come: a trickling client is not served.
+#: Seconds within which each piece of a request body must arrive, however slow the client is.
 BODY_TIMEOUT = 30.0
-#: How much of a body that nobody wanted is read for the sake of keeping the connection.
+#: Bytes of an unread body that are read and discarded to keep the connection alive.
 MAX_UNREAD = 65536
+#: Bytes of one read.
 READ_BYTES = 65536
 _CHUNK = re.compile(
     rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:=(?:" + TOKEN + rb'|"[^"\\]*"))?)*'
 )
-#: What a trailer may not carry (RFC 9110 §6.5.1).
+#: Fields that a trailer must not carry (RFC 9110 §6.5.1).
 _NO_TRAILER = SINGLE | {"HTTP_TRAILER", "HTTP_AUTHORIZATION", "HTTP_TE"}
 
 
 class ConnectionEnded(Exception):
-    """The client has closed its connection, or was silent for too long."""
-
-
-# Reading --------------------------------------------------------------------------------------
+    """The client has closed its connection."""
 
 
 class RequestReader:
-    """What a client has sent and nobody has taken yet."""
+    """Buffers what a client has sent, and takes heads, lines and bytes from it."""
 
     def __init__(self, sock: Any) -> None:
         self._socket = sock
@@ -45,14 +45,14 @@ class RequestReader:
 
     @property
     def pending(self) -> bool:
-        """Whether something has come already."""
+        """Whether more has arrived than was taken, as with pipelined requests."""
         return bool(self._buffer)
 
     def head(self, timeout: float) -> bytes:
-        """A request's head without its empty line.
+        """Read a request's head, up to and without its empty line.
 
-        Raises RequestRejected as soon as the bytes can't become a head, ConnectionEnded when it
-        does not arrive.
+        Raises RequestRejected as soon as the bytes can't become a head, ConnectionEnded if the
+        client closes the connection, TimeoutError after ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
         end = -1
@@ -63,7 +63,7 @@ class RequestReader:
                 if end >= 0:
                     break
                 if self._buffer not in (b"", b"\r"):
-                    check_beginning(self._buffer)
+                    check_partial_head(self._buffer)
             self._more(deadline)
         if end > MAX_HEAD:
             raise RequestRejected("The request's head is too large.", status=431)
@@ -71,22 +71,25 @@ class RequestReader:
         return head
 
     def line(self, deadline: float) -> bytes:
-        """A line without its CRLF."""
+        """Read a line of a chunked body's framing, without its CRLF.
+
+        ``deadline`` is a time.monotonic(). Raises as :meth:`head` does.
+        """
         while True:
             end = self._buffer.find(b"\r\n")
             if end >= 0:
                 line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
                 if b"\n" in line or b"\r" in line:
-                    raise RequestRejected("A line of the body's framing holds a bare CR or LF.")
+                    raise RequestRejected("A line of the chunked body contains a bare CR or LF.")
                 return line
             if len(self._buffer) > MAX_LINE or b"\n" in self._buffer:
                 raise RequestRejected(
-                    "A line of the body's framing is too long or ends with a bare LF."
+                    "A line of the chunked body is too long or ends with a bare LF."
                 )
             self._more(deadline)
 
     def read(self, size: int, deadline: float) -> bytes:
-        """So many bytes. Raises ConnectionEnded when fewer come."""
+        """Read exactly ``size`` bytes. Raises ConnectionEnded or TimeoutError if fewer arrive."""
         data, self._buffer = self._buffer[:size], self._buffer[size:]
         missing = size - len(data)
         if not missing:
@@ -102,7 +105,7 @@ class RequestReader:
         self._buffer = self._buffer + data if self._buffer else data
 
     def _receive(self, size: int, deadline: float) -> bytes:
-        self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+        self._socket.settimeout(remaining(deadline))
         data: bytes = self._socket.recv(size)
         if not data:
             raise ConnectionEnded
@@ -110,40 +113,52 @@ class RequestReader:
 
 
 class RequestBody:
-    """A request's body, as ``wsgi.input``. Of a file's methods it has ``read``, which is what the
-    gateway (and werkzeug) uses."""
+    """A request's body, as ``wsgi.input``.
 
-    def __init__(self, received: RequestReader, length: int | None, invite: Any = None) -> None:
-        self._received = received
-        #: Bytes missing; of the current chunk, when chunks are what comes.
+    Of a file's methods it only has ``read``, which is what the gateway and werkzeug use. ``length``
+    is None for a chunked body. ``send_continue`` sends ``100 Continue``, for which the client waits
+    before it sends the body.
+    """
+
+    def __init__(
+        self,
+        reader: RequestReader,
+        length: int | None,
+        send_continue: Callable[[], None] | None = None,
+    ) -> None:
+        self._reader = reader
+        #: Unread bytes, of the current chunk if the body is chunked.
         self._left = length or 0
         self._chunked = length is None
-        self._invite = invite
+        self._send_continue = send_continue
+        #: Whether the whole body has been read.
         self.done = length == 0
-        #: Whether it broke its framing: what follows on the connection can't be told.
+        #: Whether a read failed, after which nothing on the connection can be trusted.
         self.broken = False
 
     def read(self, size: int | None = None) -> bytes:
-        """``size`` bytes, fewer only at the end; all of them without a size.
+        """Read ``size`` bytes, fewer only at the end of the body; without a size, all of them.
 
-        Raises TimeoutError, ConnectionEnded (the client left) or RequestRejected (bad framing).
+        Raises TimeoutError, ConnectionEnded (the client disconnected) or RequestRejected (the
+        chunks are malformed).
         """
         if self.done:
             return b""
-        if self._invite is not None:
-            self._invite, invite = None, self._invite
-            invite()
+        if self._send_continue is not None:
+            send_continue, self._send_continue = self._send_continue, None
+            send_continue()
         if self.broken:
-            raise RequestRejected("The request's body is broken.")
+            raise RequestRejected("The request body is malformed.")
         try:
             return self._pieces(size if size is not None and size >= 0 else None)
         except BaseException:
             self.broken = True
             raise
 
-    def spare(self) -> bool:
-        """Whether what was not read is little, is on its way, and can be read away."""
-        return not (self._invite or self.broken or self._chunked) and self._left <= MAX_UNREAD
+    def can_discard(self) -> bool:
+        """Whether the unread rest is short, is being sent, and can be read and discarded."""
+        waited_for = self._send_continue is not None
+        return not (waited_for or self.broken or self._chunked) and self._left <= MAX_UNREAD
 
     def _pieces(self, size: int | None) -> bytes:
         if not self._chunked and (size is None or size >= self._left):
@@ -156,7 +171,7 @@ class RequestBody:
                 self._begin_chunk(deadline)
                 continue
             wanted = min(self._left, READ_BYTES) if missing is None else min(self._left, missing)
-            pieces.append(self._received.read(wanted, deadline))
+            pieces.append(self._reader.read(wanted, deadline))
             self._left -= wanted
             if missing is None:
                 deadline = time.monotonic() + BODY_TIMEOUT
@@ -167,23 +182,23 @@ class RequestBody:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _begin_chunk(self, deadline: float) -> None:
-        found = _CHUNK.fullmatch(self._received.line(deadline))
+        found = _CHUNK.fullmatch(self._reader.line(deadline))
         if found is None:
-            raise RequestRejected("A chunk of the body has no proper size.")
+            raise RequestRejected("A chunk of the body has a malformed size.")
         self._left = int(found[1], 16)
         if self._left:
             return
         for _ in range(MAX_FIELDS):
-            trailer = self._received.line(deadline)
+            trailer = self._reader.line(deadline)
             if not trailer:
                 self.done = True
                 return
             if header_field(trailer)[0] in _NO_TRAILER:
-                raise RequestRejected("A trailer of the body may not be one.")
+                raise RequestRejected("The body has a trailer that must not be one.")
         raise RequestRejected("The body has too many trailers.")
 
     def _end_data(self, deadline: float) -> None:
         if not self._chunked:
             self.done = True
-        elif self._received.read(2, deadline) != b"\r\n":
-            raise RequestRejected("A chunk of the body is not as long as it says.")
+        elif self._reader.read(2, deadline) != b"\r\n":
+            raise RequestRejected("A chunk of the body is not as long as its size says.")

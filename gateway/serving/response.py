@@ -1,4 +1,4 @@
-"""Writing a WSGI application's response to a client's connection."""
+"""Writes a WSGI application's response to a client's connection."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from gevent import GreenletExit
 
 from gateway import errors
-from gateway.errors import GatewayError, Headers
-from gateway.request import REQUEST_ID, name_request
+from gateway.errors import GatewayError, Headers, InternalError
+from gateway.request import request_id_of
 from gateway.serving.reading import READ_BYTES, ConnectionEnded, RequestBody
 
 logger = logging.getLogger(__name__)
@@ -21,38 +21,45 @@ Environ = dict[str, Any]
 
 
 class Response:
-    """One answer on its way out."""
+    """One response of the application, which :meth:`send` runs.
 
-    def __init__(self, sock: Any, environ: Environ, body: RequestBody, keep: bool) -> None:
+    ``body`` is the request's; ``keep_alive`` says whether client and server want to use the
+    connection again.
+    """
+
+    def __init__(self, sock: Any, environ: Environ, body: RequestBody, keep_alive: bool) -> None:
         self._socket = sock
         self._environ = environ
         self._body = body
-        #: Whether the connection can be used again.
-        self.keep = keep
+        #: Whether the connection can carry another request.
+        self.keep_alive = keep_alive
         self._head = b""
-        self._begun = False
+        self._head_sent = False
         self._chunked = False
-        self._bodiless = environ["REQUEST_METHOD"] == "HEAD"
+        self._has_body = environ["REQUEST_METHOD"] != "HEAD"
 
     def send(self, application: Any) -> None:
-        """Run the application and send what it gives, each piece when it comes; an empty one sends
-        the head. One that fails after that is cut off, so that it can't be taken for complete."""
+        """Run the application and send each piece of its body at once; an empty one sends the head.
+
+        If the application fails before the head was sent, the client gets a 500. Later its response
+        is cut off, so that no client mistakes it for a complete one. Raises ConnectionEnded in both
+        cases, and whatever the socket raises when the client has disconnected.
+        """
         result = None
         try:
             result = application(self._environ, self._start)
             for piece in result:
                 self.write(piece)
-            if not self._begun:
+            if not self._head_sent:
                 self.write(b"")
             if self._chunked:
                 self._socket.sendall(b"0\r\n\r\n")
         except (ConnectionEnded, OSError, GreenletExit):
             raise
         except Exception as fault:
-            logger.error("the application failed", exc_info=fault)
-            if not self._begun:
-                error = GatewayError("The gateway failed; its log says more.")
-                self._socket.sendall(final_response(error, self._environ))
+            logger.error("the WSGI application failed", exc_info=fault)
+            if not self._head_sent:
+                self._socket.sendall(final_response(InternalError(), self._environ))
             raise ConnectionEnded from None
         finally:
             close = getattr(result, "close", None)
@@ -60,13 +67,13 @@ class Response:
                 close()
 
     def write(self, piece: bytes) -> None:
-        """Send a piece of the body, with the head in front of the first."""
-        if self._bodiless:
+        """Send a piece of the body; the first one goes out together with the head."""
+        if not self._has_body:
             piece = b""
         elif self._chunked and piece:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-        if not self._begun:
-            self._begun = True
+        if not self._head_sent:
+            self._head_sent = True
             self._socket.settimeout(None)
             if self._chunked or len(piece) <= READ_BYTES:
                 piece = self._head + piece
@@ -77,20 +84,21 @@ class Response:
 
     def _start(self, status: str, headers: Headers, exc_info: Any = None) -> Any:
         """WSGI's ``start_response``."""
-        if exc_info is not None and self._begun:
+        if exc_info is not None and self._head_sent:
             raise exc_info[1]
         names = {name.lower() for name, _ in headers}
         more: Headers = []
         if status[:3] in ("204", "304"):
-            self._bodiless = True
-        elif "content-length" not in names and not self._bodiless:
+            self._has_body = False
+        elif "content-length" not in names and self._has_body:
             self._chunked = self._environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-            self.keep = self.keep and self._chunked
+            self.keep_alive = self.keep_alive and self._chunked
             if self._chunked:
                 more.append(("Transfer-Encoding", "chunked"))
-        if status[:3] == "499" or not (self._body.done or self._body.spare()):
-            self.keep = False  # the client has left; or what follows can't be told from the body
-        if not self.keep:
+        # the client has disconnected, or the next request can't be told from the unread body
+        if status[:3] == "499" or not (self._body.done or self._body.can_discard()):
+            self.keep_alive = False
+        if not self.keep_alive:
             more.append(("Connection", "close"))
         elif self._environ["SERVER_PROTOCOL"] == "HTTP/1.0":
             more.append(("Connection", "keep-alive"))
@@ -99,9 +107,9 @@ class Response:
 
 
 def final_response(error: GatewayError, environ: Environ) -> bytes:
-    """An error, as the answer that ends a connection."""
-    path = environ.get("PATH_INFO", "/v1/")  # else in the dialect of most clients
-    request_id = environ.get(REQUEST_ID) or name_request(environ)
+    """A whole response that reports an error and is the last one of its connection."""
+    path = environ.get("PATH_INFO", "/v1/")  # without a path: the dialect of most clients
+    request_id = request_id_of(environ)
     line, headers, body = errors.response(error, path, request_id)
     headers += [("Connection", "close"), ("X-Request-Id", request_id)]
     return _head(line, headers) + body
@@ -112,7 +120,7 @@ def _head(status: str, headers: Headers) -> bytes:
     lines += [f"{name}: {value}" for name, value in headers]
     head = "\r\n".join(lines)
     if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
-        raise ValueError("a header of the answer holds a line break")
+        raise ValueError("a response header contains a line break")
     return f"{head}\r\n\r\n".encode("latin-1")
 
 

@@ -17,43 +17,45 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from gateway.serving.connection import Server, drain
 
-#: prometheus-client's own variable for multiprocess mode.
+#: prometheus-client's environment variable for its multiprocess mode.
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _METRICS_PREFIX = "lmstudio-gateway-metrics-"
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]
-    """gunicorn's logger without its access log: the gateway writes its own."""
+    """gunicorn's logger without the access log, as the gateway writes its own."""
 
     def access(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: not even the making of a line that nobody prints."""
+        """Do nothing: gunicorn would format a line that is never printed."""
 
 
 class Worker(GeventWorker):  # type: ignore[misc]
-    """gunicorn's gevent worker with the gateway's own connections, which tells the application when
-    it begins and ends to serve, and does not wait at its end for client connections that are merely
-    kept open."""
+    """gunicorn's gevent worker, with the gateway's own connections.
+
+    It starts and stops the application's background work, and does not wait for idle client
+    connections when it shuts down.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._servers: list[Server] = []
 
     def server_class(self, *args: Any, **kwargs: Any) -> Server:
-        """What gunicorn makes for each listening socket."""
+        """Create the server of a listening socket; gunicorn calls this for each."""
         self._servers.append(Server(*args, **kwargs))
         return self._servers[-1]
 
     def run(self) -> None:
         parts = self.wsgi.extensions["gateway"]
         parts.start()
-        self.log.info("Worker serves (pid: %s)", self.pid)
+        self.log.info("Worker ready (pid: %s)", self.pid)
         try:
             super().run()
         finally:
             parts.stop()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """SIGTERM: accept no more; event streams end now, inference streams may finish."""
+        """Drain on SIGTERM: accept no more connections, and see :func:`.connection.drain`."""
         super().handle_exit(sig, frame)
         if self.booted:
             # in a greenlet: a signal handler must not take locks
@@ -61,28 +63,35 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 
 def on_starting(server: Any) -> None:
-    """Make the directory of the metrics' counter files, remove those of masters that died without
-    cleaning up, and import what the workers need: once, and into memory that they share."""
+    """Create the directory of the metrics' counter files, and import what the workers need.
+
+    Directories of masters that died without cleaning up are removed. The workers share the memory
+    of what is imported here.
+    """
     root = Path(tempfile.gettempdir())
-    for left in root.glob(f"{_METRICS_PREFIX}*"):
-        pid = left.name.removeprefix(_METRICS_PREFIX).partition("-")[0]
+    for stale in root.glob(f"{_METRICS_PREFIX}*"):
+        pid = stale.name.removeprefix(_METRICS_PREFIX).partition("-")[0]
         if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(stale, ignore_errors=True)
     os.environ[METRICS_VARIABLE] = tempfile.mkdtemp(prefix=f"{_METRICS_PREFIX}{os.getpid()}-")
-    # prometheus-client looks at the variable when it is imported
+    # prometheus-client reads the variable when it is imported
     import_module("gateway.app")
     gc.collect()
-    gc.freeze()  # a collection in a worker would write to the shared memory, and so copy it
+    gc.freeze()  # a collection in a worker would write to the shared memory and so copy it
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Until gunicorn has set the worker's own signal handlers, a SIGTERM would be lost on those
-    that the worker inherited from the master, and the master would wait for it in vain."""
+    """Let SIGTERM end a worker that is still starting.
+
+    Until gunicorn installs the worker's own signal handlers, the worker has those of the master,
+    which would swallow the signal while the master waits for the worker to exit.
+    """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """A worker has died: its gauges count no more."""
+    """Drop the gauges of a worker that has exited."""
+    # must not be imported before METRICS_VARIABLE is set
     from prometheus_client.multiprocess import mark_process_dead
 
     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]

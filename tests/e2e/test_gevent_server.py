@@ -45,7 +45,7 @@ from gevent import monkey
 monkey.patch_all()
 from gateway.serving import launch as server
 server.GRACEFUL_TIMEOUT = 4
-server.serve_gevent(server.servable_or_exit())
+server.serve_gevent(server.checked_settings_or_exit())
 """
 
 

@@ -38,7 +38,7 @@ NOT_RUN = {
 #: Commands that run until they are stopped, and output that shows that they work.
 ENDLESS = {
     "lmstudio-gateway simulate": "listening on",
-    "lmstudio-gateway serve": "Worker serves",
+    "lmstudio-gateway serve": "Worker ready",
     "curl -N -H 'Authorization: Bearer YOUR-ADMIN-KEY' http://127.0.0.1:8002/debug/stream": (
         "event: connected"
     ),

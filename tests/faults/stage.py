@@ -40,7 +40,7 @@ def run(self):
 {inside}
     plain_run(self)
 worker.Worker.run = run
-server.serve_gunicorn(server.servable_or_exit())
+server.serve_gunicorn(server.checked_settings_or_exit())
 """
 
 

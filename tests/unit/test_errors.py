@@ -1,4 +1,4 @@
-"""The error bodies of the three dialects."""
+"""Error bodies in the three dialects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway import errors
 from gateway.errors import GatewayError
 
 
-def told(error: GatewayError, path: str, **options: Any) -> tuple[str, dict[str, str], Any]:
+def render(error: GatewayError, path: str, **options: Any) -> tuple[str, dict[str, str], Any]:
     status, headers, body = errors.response(error, path, "req_1", **options)
     assert len(headers) == len(dict(headers))
     return status, dict(headers), json.loads(body) if body else None
@@ -42,12 +42,12 @@ def told(error: GatewayError, path: str, **options: Any) -> tuple[str, dict[str,
     ],
 )
 def test_the_path_decides_the_dialect(path: str, dialect: str) -> None:
-    assert errors.dialect(path) == dialect
+    assert errors.dialect_of(path) == dialect
 
 
 def test_openai_errors_have_all_four_members() -> None:
     error = errors.BadRequest("No model.", code="no_active_model", param="model")
-    status, headers, body = told(error, "/v1/chat/completions")
+    status, headers, body = render(error, "/v1/chat/completions")
     assert status == "400 Bad Request"
     assert headers["Content-Type"] == "application/json"
     assert body == {
@@ -58,11 +58,11 @@ def test_openai_errors_have_all_four_members() -> None:
             "code": "no_active_model",
         }
     }
-    assert told(errors.NotFound("?"), "/v1/x")[2]["error"]["param"] is None
+    assert render(errors.NotFound("?"), "/v1/x")[2]["error"]["param"] is None
 
 
-def test_anthropic_errors_have_anthropics_form() -> None:
-    _, _, body = told(errors.Unauthorized("No key."), "/v1/messages")
+def test_anthropic_errors_have_the_form_of_its_api() -> None:
+    _, _, body = render(errors.Unauthorized("No key."), "/v1/messages")
     assert body == {
         "type": "error",
         "error": {"type": "authentication_error", "message": "No key."},
@@ -71,13 +71,15 @@ def test_anthropic_errors_have_anthropics_form() -> None:
 
 def test_admin_errors_are_flat_with_details_and_request_id() -> None:
     details = [{"path": ["a"], "message": "b"}]
-    _, _, body = told(errors.BadRequest("Validation failed", details=details), "/admin/models/load")
+    _, _, body = render(
+        errors.BadRequest("Validation failed", details=details), "/admin/models/load"
+    )
     assert body == {"error": "Validation failed", "details": details, "requestId": "req_1"}
-    assert "details" not in told(errors.NotFound("?"), "/admin/x")[2]
+    assert "details" not in render(errors.NotFound("?"), "/admin/x")[2]
 
 
 @pytest.mark.parametrize(
-    ("kind", "status", "header"),
+    ("error", "status", "header"),
     [
         (errors.Unauthorized, "401 Unauthorized", ("WWW-Authenticate", "Bearer")),
         (errors.Forbidden, "403 Forbidden", None),
@@ -90,10 +92,10 @@ def test_admin_errors_are_flat_with_details_and_request_id() -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/admin/models", "/v1/models", "/v1/messages"])
-def test_each_kind_has_its_status_and_headers(
-    kind: type[GatewayError], status: str, header: tuple[str, str] | None, path: str
+def test_each_error_class_has_its_status_and_headers(
+    error: type[GatewayError], status: str, header: tuple[str, str] | None, path: str
 ) -> None:
-    line, headers, _ = told(kind("why"), path)
+    line, headers, _ = render(error("why"), path)
     assert line.startswith(status)
     if header:
         assert headers[header[0]] == header[1]
@@ -113,31 +115,33 @@ def test_each_kind_has_its_status_and_headers(
         (504, "server_error", "timeout_error"),
     ],
 )
-def test_the_types_are_those_of_each_dialect(status: int, openai: str, anthropic: str) -> None:
+def test_the_error_type_follows_from_status_and_dialect(
+    status: int, openai: str, anthropic: str
+) -> None:
     error = GatewayError("why", status=status)
-    assert told(error, "/v1/models")[2]["error"]["type"] == openai
-    assert told(error, "/v1/messages")[2]["error"]["type"] == anthropic
+    assert render(error, "/v1/models")[2]["error"]["type"] == openai
+    assert render(error, "/v1/messages")[2]["error"]["type"] == anthropic
 
 
-def test_an_answer_to_head_keeps_the_length_and_has_no_body() -> None:
+def test_a_response_to_head_has_the_length_but_no_body() -> None:
     error = errors.NotFound("?")
-    _, headers, body = told(error, "/v1/models", method="HEAD")
+    _, headers, body = render(error, "/v1/models", method="HEAD")
     assert body is None
-    assert headers["Content-Length"] == told(error, "/v1/models")[1]["Content-Length"]
+    assert headers["Content-Length"] == render(error, "/v1/models")[1]["Content-Length"]
 
 
-def test_the_length_counts_bytes() -> None:
+def test_the_content_length_counts_bytes() -> None:
     status, headers, body = errors.response(errors.NotFound("ü€😀"), "/v1/x", "req_1")
     assert dict(headers)["Content-Length"] == str(len(body))
     assert "ü€😀".encode() in body
     assert status == "404 Not Found"
 
 
-def test_a_lone_surrogate_of_a_client_is_told_as_valid_json() -> None:
-    _, _, body = told(errors.NotFound("Model not found: \ud800x"), "/admin/models/load")
+def test_a_lone_surrogate_from_a_client_is_written_as_valid_json() -> None:
+    _, _, body = render(errors.NotFound("Model not found: \ud800x"), "/admin/models/load")
     assert body["error"] == "Model not found: \ud800x"
 
 
-def test_a_status_without_a_name_keeps_its_number() -> None:
+def test_a_status_without_a_phrase_is_unknown() -> None:
     assert errors.status_line(499).startswith("499 ")
     assert errors.status_line(599) == "599 Unknown"

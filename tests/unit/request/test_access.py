@@ -1,4 +1,4 @@
-"""Access: who gets in, on hand-made WSGI environs."""
+"""Access: who is admitted, checked on handmade WSGI environs."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def environ(path: str = "/v1/models", peer: str = "127.0.0.1", **extra: Any) -> 
     return {"REQUEST_METHOD": "GET", "PATH_INFO": path, "REMOTE_ADDR": peer, **extra}
 
 
-def client_of(gate: Access, given: dict[str, Any]) -> str:
-    gate.admit(given)
-    return str(given[CLIENT])
+def client_of(gate: Access, environ: dict[str, Any]) -> str:
+    gate.admit(environ)
+    return str(environ[CLIENT])
 
 
 def bearer(key: str) -> dict[str, str]:
     return {"HTTP_AUTHORIZATION": f"Bearer {key}"}
 
 
-def is_let_in(gate: Access, given: dict[str, Any]) -> bool:
-    refusal = None
+def is_admitted(gate: Access, environ: dict[str, Any]) -> bool:
+    code = None
     try:
-        gate.admit(given)
+        gate.admit(environ)
     except Forbidden as error:
-        refusal = error.code
-    assert refusal in (None, "ip_not_allowed")
-    return refusal is None
+        code = error.code
+    assert code in (None, "ip_not_allowed")
+    return code is None
 
 
 # Keys
@@ -51,7 +51,7 @@ def is_let_in(gate: Access, given: dict[str, Any]) -> bool:
         {"HTTP_AUTHORIZATION": "Bearer wrong", "HTTP_X_API_KEY": "s3cr3t"},
     ],
 )
-def test_a_key_comes_by_either_header(headers: dict[str, str]) -> None:
+def test_either_header_may_carry_the_key(headers: dict[str, str]) -> None:
     assert client_of(access(GATEWAY_API_KEY="app:s3cr3t"), environ(**headers)) == "app"
 
 
@@ -79,7 +79,7 @@ def test_a_wrong_or_missing_key_is_401(headers: dict[str, str]) -> None:
     assert "s3cr3" not in caught.value.message
 
 
-def test_every_key_of_a_rotation_is_accepted_under_its_name() -> None:
+def test_each_of_several_keys_is_accepted_under_its_name() -> None:
     gate = access(GATEWAY_API_KEY="old:aaa,new:bbb,ccc")
     names = [client_of(gate, environ(**bearer(key))) for key in ("aaa", "bbb", "ccc")]
     assert names == ["old", "new", "key-3"]
@@ -109,7 +109,7 @@ def test_admin_paths_need_an_admin_key_once_one_is_set(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/debug", "/debug/"])
-def test_reading_the_page_needs_no_key_but_a_place_on_the_allowlist(path: str) -> None:
+def test_loading_the_dashboard_needs_an_allowed_address_but_no_key(path: str) -> None:
     gate = access(GATEWAY_API_KEY="app:user", GATEWAY_ADMIN_KEY="ops:root")
     for method in ("GET", "HEAD"):
         assert client_of(gate, environ(path, REQUEST_METHOD=method)) == ""
@@ -121,7 +121,7 @@ def test_reading_the_page_needs_no_key_but_a_place_on_the_allowlist(path: str) -
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/chat/completions", "/administration", "/apis"])
-def test_other_paths_are_for_either_key(path: str) -> None:
+def test_other_paths_accept_either_key(path: str) -> None:
     gate = access(GATEWAY_API_KEY="app:user", GATEWAY_ADMIN_KEY="ops:root")
     assert client_of(gate, environ(path, **bearer("user"))) == "app"
     assert client_of(gate, environ(path, **bearer("root"))) == "ops"
@@ -143,13 +143,13 @@ def test_an_admin_key_alone_leaves_inference_open() -> None:
         gate.admit(environ("/admin/models"))
 
 
-def test_a_key_in_both_roles_is_an_admins() -> None:
+def test_a_key_with_both_roles_is_an_admin_key() -> None:
     gate = access(GATEWAY_API_KEY="app:same", GATEWAY_ADMIN_KEY="ops:same")
     assert client_of(gate, environ("/admin/models", **bearer("same"))) == "ops"
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/ready"])
-def test_health_needs_a_key_only_when_asked_to(path: str) -> None:
+def test_health_needs_a_key_only_if_the_settings_say_so(path: str) -> None:
     assert client_of(access(GATEWAY_API_KEY="user"), environ(path)) == ""
     for keys in ({"GATEWAY_API_KEY": "user"}, {"GATEWAY_ADMIN_KEY": "user"}):
         gate = access(REQUIRE_AUTH_FOR_HEALTH="true", **keys)
@@ -162,7 +162,7 @@ def test_health_needs_a_key_only_when_asked_to(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("allowed", "peer", "let_in"),
+    ("allowed", "peer", "admitted"),
     [
         ("*", "203.0.113.9", True),
         ("*", "", True),
@@ -181,11 +181,11 @@ def test_health_needs_a_key_only_when_asked_to(path: str) -> None:
         ("127.0.0.1", "not-an-address", False),
     ],
 )
-def test_the_allowlist_decides_by_address(allowed: str, peer: str, let_in: bool) -> None:
-    assert is_let_in(access(IP_ALLOWLIST=allowed), environ(peer=peer)) is let_in
+def test_the_allowlist_decides_by_address(allowed: str, peer: str, admitted: bool) -> None:
+    assert is_admitted(access(IP_ALLOWLIST=allowed), environ(peer=peer)) is admitted
 
 
-def test_the_allowlist_comes_before_the_key() -> None:
+def test_the_allowlist_is_checked_before_the_key() -> None:
     gate = access(IP_ALLOWLIST="10.0.0.1", GATEWAY_API_KEY="user")
     with pytest.raises(Forbidden):
         gate.admit(environ(peer="10.0.0.2"))
@@ -194,13 +194,13 @@ def test_the_allowlist_comes_before_the_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("peer", "forwarded", "let_in"),
+    ("peer", "forwarded", "admitted"),
     [
-        ("10.9.9.9", "192.0.2.1", False),  # forged by a peer that is no trusted proxy
-        ("192.0.2.1", "10.9.9.9", True),  # and of no effect on one that is allowed itself
+        ("10.9.9.9", "192.0.2.1", False),  # forged by a peer that is not a trusted proxy
+        ("192.0.2.1", "10.9.9.9", True),  # ignored: the peer itself is allowed
         ("127.0.0.1", "192.0.2.1", True),
         ("127.0.0.1", "10.9.9.9", False),
-        ("127.0.0.1", "192.0.2.1, 10.9.9.9", False),  # the left part is the client's own word
+        ("127.0.0.1", "192.0.2.1, 10.9.9.9", False),  # the client itself sent the left part
         ("127.0.0.1", "10.9.9.9, 192.0.2.1", True),
         ("127.0.0.1", "192.0.2.1, 172.16.0.1, 172.16.0.2", True),  # trusted proxies are skipped
         ("127.0.0.1", "192.0.2.1, unknown", False),
@@ -211,15 +211,15 @@ def test_the_allowlist_comes_before_the_key() -> None:
         ("127.0.0.1", " 192.0.2.1 ,, ", True),
     ],
 )
-def test_forwarded_for_counts_from_trusted_proxies_only_right_most_first(
-    peer: str, forwarded: str, let_in: bool
+def test_forwarded_for_is_trusted_only_from_trusted_proxies_and_read_from_the_right(
+    peer: str, forwarded: str, admitted: bool
 ) -> None:
     gate = access(IP_ALLOWLIST="192.0.2.1", TRUSTED_PROXIES="127.0.0.1,172.16.0.0/12")
-    assert is_let_in(gate, environ(peer=peer, HTTP_X_FORWARDED_FOR=forwarded)) is let_in
+    assert is_admitted(gate, environ(peer=peer, HTTP_X_FORWARDED_FOR=forwarded)) is admitted
 
 
 @pytest.mark.parametrize(
-    ("allowed", "trusted", "forwarded", "let_in"),
+    ("allowed", "trusted", "forwarded", "admitted"),
     [
         ("127.0.0.1", "", "", False),
         ("127.0.0.1", "", "127.0.0.1", False),
@@ -229,11 +229,11 @@ def test_forwarded_for_counts_from_trusted_proxies_only_right_most_first(
         ("192.0.2.1", "unix", "10.0.0.1", False),
     ],
 )
-def test_a_unix_peer_is_let_in_by_star_or_as_a_trusted_proxy(
-    allowed: str, trusted: str, forwarded: str, let_in: bool
+def test_a_unix_peer_is_admitted_if_all_are_or_as_a_trusted_proxy(
+    allowed: str, trusted: str, forwarded: str, admitted: bool
 ) -> None:
     gate = access(IP_ALLOWLIST=allowed, TRUSTED_PROXIES=trusted)
-    assert is_let_in(gate, environ(peer="", HTTP_X_FORWARDED_FOR=forwarded)) is let_in
+    assert is_admitted(gate, environ(peer="", HTTP_X_FORWARDED_FOR=forwarded)) is admitted
 
 
 # Request ids and CORS
@@ -241,34 +241,34 @@ def test_a_unix_peer_is_let_in_by_star_or_as_a_trusted_proxy(
 
 @pytest.mark.parametrize("inbound", ["abc-1", "req:7/8", "a" * 128])
 def test_a_sane_request_id_is_kept(inbound: str) -> None:
-    given = environ(HTTP_X_REQUEST_ID=inbound)
-    access().admit(given)
-    assert given[REQUEST_ID] == inbound
+    request = environ(HTTP_X_REQUEST_ID=inbound)
+    access().admit(request)
+    assert request[REQUEST_ID] == inbound
 
 
 @pytest.mark.parametrize("inbound", ["", "a b", "a\nb", "a" * 129, "\xe9", "<script>"])
-def test_another_request_id_is_minted_even_for_the_refused(inbound: str) -> None:
+def test_any_other_request_id_is_replaced_even_if_the_request_is_rejected(inbound: str) -> None:
     gate = access(IP_ALLOWLIST="10.0.0.1")
     minted = []
     for _ in range(2):
-        given = environ(HTTP_X_REQUEST_ID=inbound)
+        request = environ(HTTP_X_REQUEST_ID=inbound)
         with pytest.raises(Forbidden):
-            gate.admit(given)
-        minted.append(given[REQUEST_ID])
+            gate.admit(request)
+        minted.append(request[REQUEST_ID])
     assert all(one.startswith("req_") for one in minted)
     assert minted[0] != minted[1]
 
 
 def preflight(origin: str, **extra: str) -> dict[str, Any]:
-    asked = {"HTTP_ACCESS_CONTROL_REQUEST_METHOD": "POST", "HTTP_ORIGIN": origin}
-    return environ(**{"REQUEST_METHOD": "OPTIONS", **asked, **extra})
+    headers = {"HTTP_ACCESS_CONTROL_REQUEST_METHOD": "POST", "HTTP_ORIGIN": origin}
+    return environ(**{"REQUEST_METHOD": "OPTIONS", **headers, **extra})
 
 
-def test_a_preflight_of_an_allowed_origin_needs_no_key() -> None:
+def test_a_preflight_from_an_allowed_origin_needs_no_key() -> None:
     gate = access(GATEWAY_API_KEY="user", CORS_ORIGINS="https://a.example")
-    given = preflight("https://a.example", HTTP_ACCESS_CONTROL_REQUEST_HEADERS="x-one, x-two")
-    assert gate.admit(given) is True
-    headers = dict(gate.cors_headers(given))
+    request = preflight("https://a.example", HTTP_ACCESS_CONTROL_REQUEST_HEADERS="x-one, x-two")
+    assert gate.admit(request) is True
+    headers = dict(gate.cors_headers(request))
     assert headers["Access-Control-Allow-Origin"] == "https://a.example"
     assert headers["Access-Control-Allow-Methods"] == "POST"
     assert headers["Access-Control-Allow-Headers"] == "x-one, x-two"
@@ -276,24 +276,24 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key() -> None:
 
 
 @pytest.mark.parametrize("origin", ["https://b.example", "https://a.example.evil", "null", ""])
-def test_another_origin_gets_neither_preflight_nor_headers(origin: str) -> None:
+def test_other_origins_get_neither_a_preflight_nor_headers(origin: str) -> None:
     gate = access(GATEWAY_API_KEY="user", CORS_ORIGINS="https://a.example")
     with pytest.raises(Unauthorized):
         gate.admit(preflight(origin))
     assert gate.cors_headers(preflight(origin)) == [("Vary", "Origin")]
 
 
-def test_the_allowlist_comes_before_the_preflight() -> None:
+def test_the_allowlist_is_checked_before_the_preflight() -> None:
     gate = access(IP_ALLOWLIST="10.0.0.1", CORS_ORIGINS="https://a.example")
     with pytest.raises(Forbidden):
         gate.admit(preflight("https://a.example"))
 
 
-def test_without_origins_there_are_no_cors_headers() -> None:
+def test_without_cors_origins_there_are_no_cors_headers() -> None:
     assert access().cors_headers(environ(HTTP_ORIGIN="https://a.example")) == []
 
 
-def test_a_plain_request_of_an_allowed_origin_still_needs_its_key() -> None:
+def test_a_request_from_an_allowed_origin_still_needs_a_key() -> None:
     gate = access(GATEWAY_API_KEY="user", CORS_ORIGINS="https://a.example")
     with pytest.raises(Unauthorized):
         gate.admit(environ(HTTP_ORIGIN="https://a.example"))

@@ -1,4 +1,4 @@
-"""Where a request goes in LM Studio, and what is refused."""
+"""Where a request goes in LM Studio, and which targets are rejected."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def environ(raw: str) -> dict[str, Any]:
         ("/v1/models#part", "/v1/models"),
     ],
 )
-def test_a_target_arrives_as_it_came(raw: str, sent: str) -> None:
+def test_a_target_reaches_lm_studio_unchanged(raw: str, sent: str) -> None:
     path, target = upstream_target(environ(raw))
     assert target == sent
     assert path == sent.partition("?")[0]
 
 
 @pytest.mark.parametrize("path", sorted(SHORTHAND))
-def test_shorthand_is_v1(path: str) -> None:
+def test_a_shorthand_means_its_v1_path(path: str) -> None:
     assert upstream_target(environ(path + "?x=1")) == ("/v1" + path, f"/v1{path}?x=1")
 
 
@@ -90,7 +90,7 @@ def test_shorthand_is_v1(path: str) -> None:
         "/v1/\u00fc",
     ],
 )
-def test_a_path_that_could_mean_another_place_is_refused(path: str) -> None:
+def test_a_path_that_could_mean_another_place_is_rejected(path: str) -> None:
     with pytest.raises(BadRequest) as caught:
         upstream_target(environ(path))
     assert caught.value.code == "invalid_path"
@@ -115,7 +115,7 @@ def test_a_path_that_could_mean_another_place_is_refused(path: str) -> None:
         "http://other.example/admin/models",
     ],
 )
-def test_a_path_that_is_none_of_the_proxys_is_not_found(path: str) -> None:
+def test_a_path_that_the_proxy_does_not_serve_is_not_found(path: str) -> None:
     with pytest.raises(NotFound):
         upstream_target(environ(path))
 
@@ -129,9 +129,9 @@ def test_a_path_that_is_none_of_the_proxys_is_not_found(path: str) -> None:
         ("/v1/models/a?b", "/v1/models/a%3Fb"),
     ],
 )
-def test_without_a_raw_target_the_path_is_encoded_again(decoded: str, sent: str) -> None:
-    given_ = {"PATH_INFO": decoded, "QUERY_STRING": "x=1"}
-    assert upstream_target(given_) == (sent, sent + "?x=1")
+def test_without_a_raw_target_the_decoded_path_is_encoded_again(decoded: str, sent: str) -> None:
+    decoded_environ = {"PATH_INFO": decoded, "QUERY_STRING": "x=1"}
+    assert upstream_target(decoded_environ) == (sent, sent + "?x=1")
     with pytest.raises(BadRequest):
         upstream_target({"PATH_INFO": "/v1/../admin", "QUERY_STRING": ""})
 
@@ -142,7 +142,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=12).map("".join))
-def test_whatever_is_let_through_decodes_to_no_other_place(path: str) -> None:
+def test_an_accepted_path_never_decodes_to_another_place(path: str) -> None:
     raw = "/v1/" + path
     try:
         sent, _ = upstream_target(environ(raw))

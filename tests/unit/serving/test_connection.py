@@ -1,4 +1,4 @@
-"""Requests as they come off a socket, in whatever pieces; anything else is RequestRejected."""
+"""Requests are read from a socket in whatever pieces they arrive; malformed ones are rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gateway.serving.response import Response
 
 
 class Pieces:
-    """A socket whose arrivals are these; then its peer has left."""
+    """A socket on which these pieces arrive before the peer closes it."""
 
     def __init__(self, *arrivals: bytes) -> None:
         self._arrivals = list(arrivals)
@@ -38,7 +38,7 @@ class Pieces:
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
-    """Data in non-empty pieces, cut at these places."""
+    """Split data into non-empty pieces at these places."""
     edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
     return [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
 
@@ -58,28 +58,28 @@ def read_all(read: Callable[[int], bytes], size: int) -> bytes:
 @given(
     st.lists(st.binary(max_size=40)), st.lists(st.integers(0, 2000)), st.integers(1, 100)
 )  # fmt: skip
-def test_chunks_are_read_whatever_the_arrivals_and_the_next_request_is_kept(
+def test_chunks_are_read_in_any_pieces_and_the_next_request_stays_in_the_buffer(
     pieces: list[bytes], places: list[int], size: int
 ) -> None:
-    received = RequestReader(Pieces(*cut(chunked(pieces) + b"GET / HTTP/1.1\r\n\r\n", places)))
-    body = RequestBody(received, None)
+    reader = RequestReader(Pieces(*cut(chunked(pieces) + b"GET / HTTP/1.1\r\n\r\n", places)))
+    body = RequestBody(reader, None)
     assert read_all(body.read, size) == b"".join(pieces)
     assert body.done
-    assert received.head(1) == b"GET / HTTP/1.1"
+    assert reader.head(1) == b"GET / HTTP/1.1"
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 2000)), st.integers(1, 100))
-def test_a_counted_body_ends_where_its_length_says(
+def test_a_body_with_a_content_length_ends_there(
     content: bytes, places: list[int], size: int
 ) -> None:
-    received = RequestReader(Pieces(*cut(content + b"GET / HTTP/1.1\r\n\r\n", places)))
-    body = RequestBody(received, len(content))
+    reader = RequestReader(Pieces(*cut(content + b"GET / HTTP/1.1\r\n\r\n", places)))
+    body = RequestBody(reader, len(content))
     assert read_all(body.read, size) == content
-    assert received.head(1) == b"GET / HTTP/1.1"
+    assert reader.head(1) == b"GET / HTTP/1.1"
 
 
 @given(st.lists(st.binary(max_size=80), max_size=6))
-def test_whatever_comes_is_a_head_or_refused_or_the_end(arrivals: list[bytes]) -> None:
+def test_any_bytes_are_a_head_or_rejected_or_end_the_connection(arrivals: list[bytes]) -> None:
     with contextlib.suppress(RequestRejected, ConnectionEnded):
         parse(RequestReader(Pieces(*filter(None, arrivals))).head(1), {})
 
@@ -88,7 +88,7 @@ _BYTES = st.sampled_from([b"0", b"5", b"f", b"g", b"\r", b"\n", b"\r\n", b";", b
 
 
 @given(st.lists(_BYTES, max_size=12))
-def test_whatever_comes_as_chunks_is_a_body_or_refused_or_the_end(parts: list[bytes]) -> None:
+def test_any_chunks_are_a_body_or_rejected_or_end_the_connection(parts: list[bytes]) -> None:
     body = RequestBody(RequestReader(Pieces(b"".join(parts) or b"x")), None)
     try:
         body.read()
@@ -98,15 +98,15 @@ def test_whatever_comes_as_chunks_is_a_body_or_refused_or_the_end(parts: list[by
             body.read()
 
 
-def test_an_arrival_that_is_only_half_an_empty_line_is_waited_for() -> None:
-    received = RequestReader(
+def test_half_of_an_empty_line_does_not_end_the_head() -> None:
+    reader = RequestReader(
         Pieces(b"\r", b"\n", b"GET /v1/models HTTP/1.1\r", b"\nHost: a\r\n\r", b"\n")
     )
-    assert received.head(1) == b"GET /v1/models HTTP/1.1\r\nHost: a"
+    assert reader.head(1) == b"GET /v1/models HTTP/1.1\r\nHost: a"
 
 
 @pytest.mark.parametrize(
-    ("head", "keep"),
+    ("head", "keep_alive"),
     [
         (b"GET / HTTP/1.1", True),
         (b"GET / HTTP/1.1\r\nConnection: Close", False),
@@ -115,8 +115,10 @@ def test_an_arrival_that_is_only_half_an_empty_line_is_waited_for() -> None:
         (b"GET / HTTP/1.0\r\nConnection: keep-alive", True),
     ],
 )
-def test_who_keeps_the_connection(head: bytes, keep: bool) -> None:
-    assert parse(head, {}) == (keep, 0)
+def test_the_client_decides_whether_the_connection_is_kept_alive(
+    head: bytes, keep_alive: bool
+) -> None:
+    assert parse(head, {}) == (keep_alive, 0)
 
 
 def test_the_environ_of_a_request() -> None:
@@ -144,7 +146,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_a_head_that_trickles_has_one_time_limit_for_all_of_it(
+def test_the_timeout_of_a_head_is_for_the_whole_head(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = pair
@@ -164,19 +166,19 @@ def test_a_head_that_trickles_has_one_time_limit_for_all_of_it(
         sender.join()
 
 
-def test_an_application_that_fails_is_answered_and_the_connection_ends(
+def test_an_application_that_fails_gets_a_500_and_its_connection_closes(
     pair: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
 ) -> None:
     ours, theirs = pair
 
-    def fails(environ: dict[str, Any], start_response: Any) -> Any:
+    def failing_application(environ: dict[str, Any], start_response: Any) -> Any:
         environ["gateway.request_id"] = "mine"
         raise RuntimeError("a bug")
 
     environ: dict[str, Any] = {}
     parse(b"GET /v1/models HTTP/1.1", environ)
     with pytest.raises(ConnectionEnded):
-        Response(ours, environ, RequestBody(RequestReader(ours), 0), True).send(fails)
+        Response(ours, environ, RequestBody(RequestReader(ours), 0), True).send(failing_application)
     head, _, body = theirs.recv(65536).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 500 ")
     assert b"\r\nX-Request-Id: mine" in head
@@ -186,12 +188,10 @@ def test_an_application_that_fails_is_answered_and_the_connection_ends(
     assert "a bug" in caplog.text
 
 
-def test_a_body_is_invited_once_and_only_when_it_is_read() -> None:
-    invitations: list[float] = []
-    body = RequestBody(
-        RequestReader(Pieces(b"abc")), 3, lambda: invitations.append(time.monotonic())
-    )
-    assert not body.spare()
-    assert invitations == []
+def test_100_continue_is_sent_once_and_only_when_the_body_is_read() -> None:
+    sent: list[float] = []
+    body = RequestBody(RequestReader(Pieces(b"abc")), 3, lambda: sent.append(time.monotonic()))
+    assert not body.can_discard()
+    assert sent == []
     assert (body.read(1), body.read(1), body.read()) == (b"a", b"b", b"c")
-    assert len(invitations) == 1
+    assert len(sent) == 1
