@@ -1,4 +1,4 @@
-"""A worker that has as many exchanges as it takes refuses the next one at once, and that alone."""
+"""A worker at its concurrency limit rejects further exchanges at once, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.stage import Patched, Stream, chat, streams
+from tests.faults.harness import Patched, Stream, chat, start_streams
 from tests.processes import Gateway, Simulator, eventually
 
 CHAT = "/v1/chat/completions"
-BOUND = 3
+LIMIT = 3
 
 
 @pytest.fixture(scope="module")
 def shared_small(
     shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Patched]:
-    """One worker that runs three exchanges at a time."""
-    before = "server.GRACEFUL_TIMEOUT = 3"
-    inside = f"gateway.proxy.exchange.MAX_EXCHANGES = {BOUND}"
+    """A gateway with one worker, which serves three exchanges at a time."""
+    before = "launch.GRACEFUL_TIMEOUT = 3"
+    inside = f"gateway.proxy.exchange.MAX_EXCHANGES = {LIMIT}"
     folder = tmp_path_factory.mktemp("small")
     gateway = Patched(folder, shared_simulator.url, before, inside, WEB_CONCURRENCY=1)
     yield gateway
@@ -35,7 +35,7 @@ def small(shared_small: Patched, simulator: Simulator) -> Patched:
 
 @pytest.fixture
 def busy(small: Patched) -> Iterator[list[Stream]]:
-    running = streams(small.port, BOUND, count=2000, pace_ms=50)
+    running = start_streams(small.port, LIMIT, count=2000, pace_ms=50)
     yield running
     for one in running:
         one.sock.shutdown(socket.SHUT_RDWR)
@@ -47,16 +47,16 @@ def ask(gateway: Gateway) -> int:
 
 
 @pytest.mark.parametrize(
-    ("path", "spoken"), [(CHAT, "openai"), ("/v1/messages", "anthropic"), ("/v1/models", "openai")]
+    ("path", "dialect"), [(CHAT, "openai"), ("/v1/messages", "anthropic"), ("/v1/models", "openai")]
 )
-def test_one_more_gets_503_with_retry_after(
-    small: Patched, busy: list[Stream], path: str, spoken: str
+def test_one_more_exchange_gets_503_with_retry_after(
+    small: Patched, busy: list[Stream], path: str, dialect: str
 ) -> None:
-    answer = small.http.post(small.url + path, chat(2, False), timeout=30)
-    assert answer.status_code == 503
-    assert int(answer.headers["Retry-After"]) >= 1
-    error = answer.json()["error"]
-    if spoken == "anthropic":
+    response = small.http.post(small.url + path, chat(2, False), timeout=30)
+    assert response.status_code == 503
+    assert int(response.headers["Retry-After"]) >= 1
+    error = response.json()["error"]
+    if dialect == "anthropic":
         assert error["type"] == "overloaded_error"
     else:
         assert error["code"] == "overloaded"
@@ -65,39 +65,41 @@ def test_one_more_gets_503_with_retry_after(
 @pytest.mark.parametrize(
     "path", ["/health", "/health/ready", "/admin/models", "/debug/status", "/metrics"]
 )
-def test_health_and_administration_still_answer(
+def test_health_and_administration_are_still_served(
     small: Patched, busy: list[Stream], path: str
 ) -> None:
     assert small.get(path).status_code == 200
 
 
-def test_those_that_run_are_not_disturbed(small: Patched, simulator: Simulator) -> None:
-    running = streams(small.port, BOUND, count=40, pace_ms=50)
+def test_exchanges_in_flight_are_not_disturbed(small: Patched, simulator: Simulator) -> None:
+    running = start_streams(small.port, LIMIT, count=40, pace_ms=50)
     assert {ask(small) for _ in range(10)} == {503}
     for one in running:
         one.join()
     assert all(one.complete for one in running)
 
 
-@pytest.mark.parametrize("how", ["finish", "leave"])
-def test_who_finishes_or_leaves_makes_room(small: Patched, simulator: Simulator, how: str) -> None:
-    length = 40 if how == "finish" else 2000
-    running = streams(small.port, BOUND, count=length, pace_ms=50)
+@pytest.mark.parametrize("how", ["complete", "disconnect"])
+def test_an_exchange_that_ends_frees_its_slot(
+    small: Patched, simulator: Simulator, how: str
+) -> None:
+    length = 40 if how == "complete" else 2000
+    running = start_streams(small.port, LIMIT, count=length, pace_ms=50)
     assert ask(small) == 503
-    if how == "leave":
+    if how == "disconnect":
         for one in running:
             one.sock.shutdown(socket.SHUT_RDWR)
     eventually(lambda: ask(small) == 200, 30)
-    assert [ask(small) for _ in range(3 * BOUND)] == [200] * (3 * BOUND)
+    assert [ask(small) for _ in range(3 * LIMIT)] == [200] * (3 * LIMIT)
     for one in running:
         one.join()
 
 
-def test_the_bound_is_not_used_up_by_failures(small: Patched, simulator: Simulator) -> None:
+def test_failures_do_not_use_up_slots(small: Patched, simulator: Simulator) -> None:
     for fault in ("close-before-head", "break-plain", "refuse-500", "error-200") * 3:
         headers = {"X-Simulator-Fault": fault}
         try:
             small.http.post(small.url + CHAT, chat(2, False), headers=headers, timeout=30)
         except OSError:
             assert fault == "break-plain"
-    assert [ask(small) for _ in range(2 * BOUND)] == [200] * (2 * BOUND)
+    assert [ask(small) for _ in range(2 * LIMIT)] == [200] * (2 * LIMIT)

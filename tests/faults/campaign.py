@@ -1,7 +1,7 @@
-"""All faults one after the other: ``python -m tests.faults.campaign [--only WORD]``.
+"""Runs all faults, one after another: ``python -m tests.faults.campaign [--only NAME]``.
 
-Prints the table of README.rst's reliability section; exits 1 when something was lost that must not
-be, and says what.
+Prints the table in the reliability section of README.rst. If anything is lost that must not be, it
+prints what, and exits with status 1.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from pathlib import Path
 import pytest
 
 from tests.faults import clock_faults as clock
-from tests.faults import outside_faults as outside
+from tests.faults import dependency_faults as dependency
 from tests.faults import process_faults as process
-from tests.faults.stage import Row
+from tests.faults.harness import Row
 from tests.processes import Simulator
 
-#: Faults that need a simulator of their own make it themselves.
+#: The simulator is for faults that do not start their own.
 FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "drain": process.drain,
     "deadline": process.deadline,
     "reload": process.reload_under_load,
     "worker": process.worker_killed,
-    "streams": lambda folder, _: outside.killed_in_streams(folder),
-    "answers": lambda folder, _: outside.killed_in_answers(folder),
-    "load": lambda folder, _: outside.killed_in_load(folder),
-    "frozen": lambda folder, _: outside.frozen(folder),
-    "redis": outside.redis_killed,
+    "streams": lambda folder, _: dependency.killed_during_streams(folder),
+    "requests": lambda folder, _: dependency.killed_while_requests_wait(folder),
+    "load": lambda folder, _: dependency.killed_during_load(folder),
+    "frozen": lambda folder, _: dependency.frozen(folder),
+    "redis": dependency.redis_killed,
     "full": lambda folder, simulator: process.state(folder, simulator, "full"),
     "readonly": lambda folder, simulator: process.state(folder, simulator, "readonly"),
     "locked": lambda folder, simulator: process.state(folder, simulator, "locked"),
     "clock": clock.jumps,
     "clock-redis": clock.jumps_with_redis,
     "descriptors": process.descriptors_exhausted,
-    "crowd": process.upstream_descriptors_exhausted,
+    "upstream-descriptors": process.upstream_descriptors_exhausted,
 }
-_TITLES = ("fault", "what was lost", "time to heal")
+_TITLES = ("fault", "lost", "recovery")
 
 
 def table(rows: list[Row]) -> str:
-    """A table of reStructuredText."""
-    cells = [_TITLES, *((row.fault, row.lost, row.healed) for row in rows)]
+    """Format rows as a reStructuredText table."""
+    cells = [_TITLES, *((row.fault, row.lost, row.recovery) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(3)]
     rule = "  ".join("=" * width for width in widths)
     lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
@@ -58,16 +58,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"one of {', '.join(FAULTS)}")
     only = parser.parse_args().only
     rows: list[Row] = []
-    for name, play in FAULTS.items():
+    for name, run in FAULTS.items():
         if only not in ("", name):
             continue
         simulator = Simulator(0, "--pace-ms", "1")
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                rows.append(play(Path(folder) / name, simulator))
+                rows.append(run(Path(folder) / name, simulator))
             except pytest.skip.Exception as skipped:
-                rows.append(Row(name, "not played", str(skipped), []))
+                rows.append(Row(name, "skipped", str(skipped), []))
             except Exception as error:
                 rows.append(Row(name, "?", "never", [f"{error!r}"[:2000]]))
             finally:
@@ -76,7 +76,7 @@ def main() -> int:
     print(table(rows))
     problems = [f"{row.fault}: {problem}" for row in rows for problem in row.problems]
     for problem in problems:
-        print(f"NOT AS PROMISED: {problem}")
+        print(f"PROBLEM: {problem}")
     return 1 if problems else 0
 
 

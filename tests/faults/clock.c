@@ -1,5 +1,5 @@
-/* A wall clock that is off by the seconds in the file CLOCK_OFFSET_FILE (a 64-bit integer, which may
-   change while a process runs); for LD_PRELOAD. The steady clocks stay as they are. */
+/* Shifts a process's wall clock by the seconds in the file CLOCK_OFFSET_FILE (a 64-bit integer, which
+   may change while the process runs). For LD_PRELOAD. The steady clocks are not affected. */
 
 #include <fcntl.h>
 #include <stddef.h>

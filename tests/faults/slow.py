@@ -1,6 +1,7 @@
-"""How long clients that trickle are borne: ``python -m tests.faults.slow``, about two minutes.
+"""Measures how long the gateway serves slow clients: ``python -m tests.faults.slow``.
 
-Each sends a byte every half second of what its name says. All must be ended; exits 1 otherwise.
+Each client sends one byte every half second of the part of a request that it is named after. The
+gateway must close every connection, otherwise the exit status is 1. Takes about two minutes.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from tests.wire.client import Client
 from tests.wire.test_slow import SLOW
 
 PACE = 0.5
-#: Seconds after which a client that is still there is there for ever.
+#: Seconds after which a connection counts as never closed.
 LIMIT = 150.0
 
 
 def trickle(port: int, kind: str) -> tuple[str, float | None]:
-    """What the client was told, and when its connection was ended."""
-    begin, rest = SLOW[kind]
+    """The status that a slow client got, and the seconds until its connection was closed."""
+    beginning, rest = SLOW[kind]
     began = time.monotonic()
-    heard = b""
+    received = b""
     with Client(port) as client:
-        client.send(begin)
+        client.send(beginning)
         for at in range(int(LIMIT / PACE)):
             client.send(rest[at % len(rest) :][:1])
             client.sock.settimeout(PACE)
@@ -37,10 +38,13 @@ def trickle(port: int, kind: str) -> tuple[str, float | None]:
             except OSError:
                 data = b""
             if not data:
-                status = heard.split(b" ", 2)[1].decode() if heard else "nothing"
-                return status, time.monotonic() - began
-            heard += data
-    return heard.split(b" ", 2)[1].decode() if heard else "nothing", None
+                return _status(received), time.monotonic() - began
+            received += data
+    return _status(received), None
+
+
+def _status(received: bytes) -> str:
+    return received.split(b" ", 2)[1].decode() if received else "no response"
 
 
 def main() -> int:
@@ -54,8 +58,8 @@ def main() -> int:
             gateway.stop()
             simulator.stop()
     for kind, (status, ended) in zip(SLOW, ends, strict=True):
-        when = "never ended" if ended is None else f"ended after {ended:.0f} s"
-        print(f"slow {kind}: told {status}, {when}")
+        when = "never closed" if ended is None else f"closed after {ended:.0f} s"
+        print(f"slow {kind}: {status}, {when}")
     return 1 if any(ended is None for _, ended in ends) else 0
 
 

@@ -1,4 +1,4 @@
-"""Each fault of the campaign in a size for CI."""
+"""Runs each fault of the campaign, smaller where it takes long."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults import campaign
-from tests.faults import outside_faults as outside
+from tests.faults import dependency_faults as dependency
 from tests.faults import process_faults as process
-from tests.faults.stage import Row
+from tests.faults.harness import Row
 from tests.processes import Simulator
 
 FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
@@ -21,8 +21,8 @@ FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "drain": lambda folder, simulator: process.drain(folder, simulator, 8),
     "deadline": lambda folder, simulator: process.deadline(folder, simulator, 4),
     "worker": lambda folder, simulator: process.worker_killed(folder, simulator, 8),
-    "streams": lambda folder, _: outside.killed_in_streams(folder, 6),
-    "answers": lambda folder, _: outside.killed_in_answers(folder, 6),
+    "streams": lambda folder, _: dependency.killed_during_streams(folder, 6),
+    "requests": lambda folder, _: dependency.killed_while_requests_wait(folder, 6),
 }
 
 

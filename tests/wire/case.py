@@ -1,22 +1,22 @@
-"""A case of the corpus: what a client sends, byte by byte, and what must come of it.
+"""A case of the corpus: what a client sends, byte by byte, and what must happen.
 
-A file of ``cases/`` begins with a header block, a line ``name: value`` each::
+A file in ``cases/`` begins with fields, each a line ``name: value``::
 
-    why: one sentence
-    gateway: keyed (default), open, adminonly, walled or proxied: see test_corpus.py
-    status: the answers in their order: ``400``, ``200 401``; alternatives are ``400|closed``.
-            ``closed`` is a connection that ends without an answer, ``waits`` one where none comes,
-            ``headless`` an answer as in HTTP/0.9, which is nothing but a body
-    behind-nginx: ``same`` (default) or a status line like the one above
-    upstream: how many requests may reach LM Studio: a number or ``any``
-    contains: a text that the last answer must contain (several lines: all of them)
-    lacks: a text that no answer and nothing sent to LM Studio may contain
-    lacks-directly: the same, but nginx passes it on
+    why: what the case shows
+    gateway: keyed (default), open, admin-only, allowlist or proxied; see test_corpus.py
+    status: the expected responses in order: ``400``, ``200 401``, or with alternatives
+            ``400|closed``. ``closed`` is a connection that closes without a response, ``waits`` one
+            that stays open without one, ``headless`` a response as in HTTP/0.9, a body alone
+    behind-nginx: ``same`` (default), or the responses through nginx, written like ``status``
+    upstream: the number of requests that reach LM Studio, or ``any``
+    contains: a text that the last response must contain; may be repeated
+    lacks: a text that no response and no request to LM Studio may contain; may be repeated
+    lacks-directly: the same, but only without nginx, which forwards it
     end: ``keep`` (default) or ``close``: what the client does after its last byte
 
-After a line ``---`` come the bytes. Line breaks of the file mean nothing; ``\\r``, ``\\n``,
-``\\t``, ``\\\\`` and ``\\xHH`` are bytes; ``{{9000*a}}`` is 9000 times ``a``, in which ``}`` is
-``\\x7d``.
+The bytes follow after a line ``---``. Line breaks of the file are ignored; ``\\r``, ``\\n``,
+``\\t``, ``\\\\`` and ``\\xHH`` are bytes; ``{{9000*a}}`` is 9000 times ``a``, where a ``}`` is
+written ``\\x7d``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _PLAIN = {b"r": b"\r", b"n": b"\n", b"t": b"\t", b"\\": b"\\"}
 _FIELDS = {"why", "gateway", "status", "behind-nginx", "upstream", "contains", "lacks",
            "lacks-directly", "end"}  # fmt: skip
 
-#: One place in the order of answers: the statuses that are right there.
+#: The expected responses in order; each is a set of acceptable statuses.
 Expected = tuple[frozenset[str], ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One file."""
+    """A parsed file of ``cases/``."""
 
     name: str
     gateway: str
@@ -53,13 +53,13 @@ class Case:
 
 
 def load() -> list[Case]:
-    """All cases, by name."""
+    """All cases, sorted by name."""
     return [_read(path) for path in sorted(FOLDER.glob("*.txt"))]
 
 
 def _read(path: Path) -> Case:
-    head, mark, written = path.read_text().partition("\n---\n")
-    assert mark, f"{path}: no line with ---"
+    head, separator, text = path.read_text().partition("\n---\n")
+    assert separator, f"{path}: no line with ---"
     fields: dict[str, list[str]] = {}
     for line in head.splitlines():
         name, colon, value = line.partition(": ")
@@ -80,16 +80,16 @@ def _read(path: Path) -> Case:
         lacks=tuple(fields.get("lacks", ())),
         lacks_directly=tuple(fields.get("lacks-directly", ())),
         closes=fields.get("end", ["keep"])[0] == "close",
-        data=_bytes(written),
+        data=_bytes(text),
     )
 
 
-def _expected(written: str) -> Expected:
-    return tuple(frozenset(place.split("|")) for place in written.split())
+def _expected(text: str) -> Expected:
+    return tuple(frozenset(statuses.split("|")) for statuses in text.split())
 
 
-def _bytes(written: str) -> bytes:
-    raw = written.replace("\n", "").encode("ascii")
+def _bytes(text: str) -> bytes:
+    raw = text.replace("\n", "").encode("ascii")
     raw = _REPEAT.sub(lambda found: int(found[1]) * found[2], raw)
     return _ESCAPE.sub(lambda found: _unescaped(found[1]), raw)
 

@@ -1,4 +1,4 @@
-"""A client that sends bytes and takes the answers apart, strictly."""
+"""A client that sends raw bytes and parses the responses strictly."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import socket
 import time
 from dataclasses import dataclass
 
-#: Seconds in which an answer must come.
+#: Seconds within which a response must arrive.
 DEADLINE = 40.0
-#: Seconds after which nothing more is expected on a connection that stays open.
+#: Seconds of silence that show that there is no further response.
 QUIET = 0.06
-#: Seconds of silence that are taken for waiting.
+#: Seconds of silence that show that the server waits for the client.
 WAITING = 0.5
-#: Seconds in which a connection that ends with its answer is closed.
+#: Seconds within which the server closes a connection after its last response.
 ENDING = 0.1
 _STATUS_LINE = re.compile(rb"HTTP/1\.\d (\d{3})(?: [^\r\n]*)?")
 
 
 @dataclass
-class Answer:
-    """One answer; interim ones (1xx) are answers too."""
+class Response:
+    """A response; interim ones (1xx) count too."""
 
     status: str
     head: bytes
@@ -31,13 +31,13 @@ class Answer:
         return self.head + b"\r\n\r\n" + self.body
 
     def header(self, name: str) -> str | None:
-        """The value of a header, None when there is none."""
+        """The value of a header, None if it is missing."""
         found = re.search(rb"(?im)^" + name.encode() + rb":[ \t]*(.*?)\r?$", self.head)
         return found[1].decode("latin-1") if found else None
 
 
 class Client:
-    """One connection. Not for HEAD."""
+    """One connection. It can't send HEAD, whose responses have no body."""
 
     def __init__(self, port: int, timeout: float = DEADLINE) -> None:
         self.timeout = timeout
@@ -53,37 +53,37 @@ class Client:
         self.sock.close()
 
     def send(self, data: bytes) -> None:
-        """Send; that the server has closed already is no failure."""
+        """Send bytes. A server that has already closed the connection is no error."""
         try:
             self.sock.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
-            self._ended = False  # an answer may be there all the same
+            self._ended = False  # a response may have arrived nevertheless
 
-    def read(self) -> Answer | None:
-        """The next answer; None when the connection ends instead. Fails at the deadline."""
+    def read(self) -> Response | None:
+        """The next response, None if the connection closes instead. Fails at the deadline."""
         deadline = time.monotonic() + self.timeout
         while b"\r\n\r\n" not in self._buffer:
             if not self._more(deadline):
-                assert not self._buffer, f"cut off: {self._buffer[:300]!r}"
+                assert not self._buffer, f"incomplete: {self._buffer[:300]!r}"
                 return None
         head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
         line = _STATUS_LINE.fullmatch(head.partition(b"\r\n")[0])
         assert line, f"no status line: {head[:200]!r}"
-        answer = Answer(line[1].decode(), head, b"")
-        if answer.status not in ("100", "204", "304"):
-            answer.body = self._body(answer, deadline)
-        return answer
+        response = Response(line[1].decode(), head, b"")
+        if response.status not in ("100", "204", "304"):
+            response.body = self._body(response, deadline)
+        return response
 
-    def final(self) -> Answer:
-        """The next answer that is no interim one."""
+    def final(self) -> Response:
+        """The next response that is not an interim one."""
         while True:
-            answer = self.read()
-            assert answer is not None, "the connection ended without an answer"
-            if answer.status != "100":
-                return answer
+            response = self.read()
+            assert response is not None, "the connection closed without a response"
+            if response.status != "100":
+                return response
 
-    def silent(self, seconds: float) -> bool:
-        """Whether nothing more comes: the end, or silence for so long."""
+    def is_silent(self, seconds: float) -> bool:
+        """Whether nothing arrives for so long, or the connection closes."""
         if self._buffer:
             return False
         try:
@@ -92,23 +92,23 @@ class Client:
             return True
         return not self._buffer
 
-    def headless(self) -> Answer:
-        """All until the end, as the body of an answer without a head."""
+    def headless(self) -> Response:
+        """Everything up to the end of the connection, as the body of a response without a head."""
         body = self._rest(time.monotonic() + self.timeout)
-        assert body, "the connection ended without an answer"
+        assert body, "the connection closed without a response"
         assert not body.startswith(b"HTTP/"), body
-        return Answer("", b"", body)
+        return Response("", b"", body)
 
-    def ends(self, within: float | None = None) -> bool:
-        """Wait for the server to close."""
+    def is_closed(self, within: float | None = None) -> bool:
+        """Whether the server closes the connection, within the timeout unless another is given."""
         try:
             return not self._more(time.monotonic() + (within or self.timeout))
         except TimeoutError:
             return False
 
-    def _body(self, answer: Answer, deadline: float) -> bytes:
-        length = answer.header("Content-Length")
-        if (answer.header("Transfer-Encoding") or "").lower() == "chunked":
+    def _body(self, response: Response, deadline: float) -> bytes:
+        length = response.header("Content-Length")
+        if (response.header("Transfer-Encoding") or "").lower() == "chunked":
             assert length is None
             return self._chunks(deadline)
         if length is not None:
@@ -125,7 +125,7 @@ class Client:
         pieces = []
         while True:
             while b"\r\n" not in self._buffer:
-                assert self._more(deadline), "cut off in a chunk's size"
+                assert self._more(deadline), "incomplete chunk size"
             size, _, self._buffer = self._buffer.partition(b"\r\n")
             piece = self._take(int(size, 16) + 2, deadline)
             assert piece.endswith(b"\r\n")
@@ -135,7 +135,7 @@ class Client:
 
     def _take(self, count: int, deadline: float) -> bytes:
         while len(self._buffer) < count:
-            assert self._more(deadline), "cut off in the body"
+            assert self._more(deadline), "incomplete body"
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
         return taken
 

@@ -1,4 +1,4 @@
-"""Every case of the corpus against real gateways: directly under both servers, and behind nginx."""
+"""Every case of the corpus against real gateways: under both servers, and behind nginx."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from tests.nginx import Nginx
 from tests.processes import Gateway, Simulator, eventually
 from tests.wire import case as corpus
 from tests.wire.case import Case
-from tests.wire.client import ENDING, QUIET, WAITING, Answer, Client
+from tests.wire.client import ENDING, QUIET, WAITING, Client, Response
 
 KEY, ADMIN_KEY = "wire-key-0123456789", "wire-admin-0123456789"
 KEYS = {"GATEWAY_API_KEY": KEY, "GATEWAY_ADMIN_KEY": ADMIN_KEY}
 COMMON = {"MAX_BODY_BYTES": 100_000, "CORS_ORIGINS": "https://app.example"}
 ALLOWED = {"IP_ALLOWLIST": "10.0.0.0/8", "WEB_CONCURRENCY": 1}
-#: The gateways that cases name.
+#: The gateways of the cases, by the name in their ``gateway`` field.
 SETTINGS = {
     "keyed": KEYS,
     "open": {"WEB_CONCURRENCY": 1},
-    "adminonly": {"GATEWAY_ADMIN_KEY": ADMIN_KEY, "WEB_CONCURRENCY": 1},
-    "walled": ALLOWED,
+    "admin-only": {"GATEWAY_ADMIN_KEY": ADMIN_KEY, "WEB_CONCURRENCY": 1},
+    "allowlist": ALLOWED,
     "proxied": {**ALLOWED, "TRUSTED_PROXIES": "127.0.0.0/8"},
 }
 CASES = corpus.load()
-#: What the gateway runs under, and how clients come to it.
-WAYS = [("gunicorn", "direct"), ("gunicorn", "nginx"), ("gevent", "direct")]
+#: The server that runs the gateway, and how clients connect to it.
+ROUTES = [("gunicorn", "direct"), ("gunicorn", "nginx"), ("gevent", "direct")]
 
 
-class Place:
-    """A gateway, the nginx in front of it, and the workers that it began with."""
+class Deployment:
+    """A gateway, the nginx in front of it, and the workers that it started with."""
 
     def __init__(self, folder: Path, lmstudio: str, server: str, **settings: object) -> None:
         self.gateway = Gateway(folder, lmstudio, server, **COMMON, **settings)
         self.nginx = Nginx(folder / "nginx", self.gateway.url)
         self.workers = self.gateway.workers()
 
-    def port(self, way: str) -> int:
-        return self.gateway.port if way == "direct" else self.nginx.port
+    def port(self, route: str) -> int:
+        return self.gateway.port if route == "direct" else self.nginx.port
 
     def stop(self) -> None:
         self.nginx.stop()
@@ -48,125 +48,129 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def places(
+def deployments(
     server: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Place]]:
+) -> Iterator[dict[str, Deployment]]:
     root = tmp_path_factory.mktemp("wire")
     with ThreadPoolExecutor(len(SETTINGS)) as pool:
-        made = {
-            name: pool.submit(Place, root / name, shared_simulator.url, server, **settings)
+        starting = {
+            name: pool.submit(Deployment, root / name, shared_simulator.url, server, **settings)
             for name, settings in SETTINGS.items()
         }
-    found = {name: future.result() for name, future in made.items()}
-    yield found
-    for place in found.values():
-        place.stop()
+    started = {name: future.result() for name, future in starting.items()}
+    yield started
+    for deployment in started.values():
+        deployment.stop()
 
 
-def matches(answer: str | None, expected: frozenset[str]) -> bool:
-    return (answer or "closed") in expected
-
-
-def take(client: Client, expected: corpus.Expected) -> list[Answer]:
-    """The answers, which must be those that are expected and no more."""
-    answers: list[Answer] = []
-    for place in expected:
-        if "waits" in place and client.silent(WAITING):
-            return answers
-        if "headless" in place:
-            answers.append(client.headless())
-            return answers
-        answer = client.read()
-        assert matches(answer and answer.status, place), (
-            f"answer {len(answers) + 1} is not {'|'.join(sorted(place))}: {answer}"
+def read_expected(client: Client, expected: corpus.Expected) -> list[Response]:
+    """Read the expected responses, and check that there are no others."""
+    responses: list[Response] = []
+    for statuses in expected:
+        if "waits" in statuses and client.is_silent(WAITING):
+            return responses
+        if "headless" in statuses:
+            responses.append(client.headless())
+            return responses
+        response = client.read()
+        assert (response.status if response else "closed") in statuses, (
+            f"response {len(responses) + 1} is not {'|'.join(sorted(statuses))}: {response}"
         )
-        if answer is None:
-            return answers
-        answers.append(answer)
-    assert client.silent(QUIET), f"one more answer than expected: {client.read()}"
-    return answers
+        if response is None:
+            return responses
+        responses.append(response)
+    assert client.is_silent(QUIET), f"an unexpected response: {client.read()}"
+    return responses
 
 
-def reached(simulator: Simulator) -> list[dict[str, object]]:
-    """What has come to LM Studio, without the gateway's own questions for its health."""
+def received_by(simulator: Simulator) -> list[dict[str, object]]:
+    """The requests that reached LM Studio, except for the gateway's own health checks."""
     return [one for one in simulator.requests() if one["target"] != "/lmstudio-greeting"]
 
 
 def wire(record: dict[str, object]) -> str:
-    """A request that LM Studio has got, as text."""
+    """The head of a request that LM Studio received, as text."""
     lines = [f"{record['method']} {record['target']} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in record["headers"]]
     return "\n".join(lines)
 
 
-def lives(place: Place) -> bool:
-    headers = {"X-Forwarded-For": "10.0.0.1"}
-    answer = place.gateway.get("/health", headers=headers)
-    walled = "IP_ALLOWLIST" in place.gateway.environ
-    assert answer.status_code in ((200, 403) if walled else (200,)), answer.text
-    return place.gateway.workers() == place.workers
+def is_alive(deployment: Deployment) -> bool:
+    """Whether the gateway responds, with the workers that it started with."""
+    gateway = deployment.gateway
+    response = gateway.get("/health", headers={"X-Forwarded-For": "10.0.0.1"})
+    statuses = (200, 403) if "IP_ALLOWLIST" in gateway.environ else (200,)
+    assert response.status_code in statuses, response.text
+    return gateway.workers() == deployment.workers
 
 
-@pytest.mark.parametrize(("server", "way"), WAYS, indirect=["server"], scope="module")
+@pytest.mark.parametrize(("server", "route"), ROUTES, indirect=["server"], scope="module")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_wire(case: Case, way: str, places: dict[str, Place], simulator: Simulator) -> None:
-    place = places[case.gateway]
-    expected = case.status if way == "direct" else case.nginx
-    with Client(place.port(way)) as client:
+def test_case(
+    case: Case, route: str, deployments: dict[str, Deployment], simulator: Simulator
+) -> None:
+    deployment = deployments[case.gateway]
+    direct = route == "direct"
+    expected = case.status if direct else case.nginx
+    with Client(deployment.port(route)) as client:
         client.send(case.data)
-        answers = [] if case.closes else take(client, expected)
-        if way == "direct" and answers and "waits" not in expected[-1]:
-            says = answers[-1].header("Connection") == "close"
-            assert says == client.ends(ENDING), answers[-1]
-    sent_on = reached(simulator)
-    if case.upstream is not None and (way == "direct" or case.nginx == case.status):
-        assert len(sent_on) == case.upstream, sent_on
-    on_the_way = [wire(one) for one in sent_on]
-    # what nginx says by itself is its own affair
-    if answers and (way == "direct" or answers[-1].header("X-Request-Id")):
+        responses = [] if case.closes else read_expected(client, expected)
+        if direct and responses and "waits" not in expected[-1]:
+            announced = responses[-1].header("Connection") == "close"
+            assert announced == client.is_closed(ENDING), responses[-1]
+    forwarded = received_by(simulator)
+    if case.upstream is not None and (direct or case.nginx == case.status):
+        assert len(forwarded) == case.upstream, forwarded
+    heads = [wire(one) for one in forwarded]
+    # a response of nginx's own has no request id
+    if responses and (direct or responses[-1].header("X-Request-Id")):
         for text in case.contains:
-            assert text.encode() in answers[-1].raw, answers[-1]
-    for text in (*case.lacks, *(case.lacks_directly if way == "direct" else ())):
-        assert not any(text.encode() in one.raw for one in answers), answers
-        assert not any(text.lower() in one.lower() for one in on_the_way), on_the_way
-    assert not any(KEY in one or ADMIN_KEY in one for one in on_the_way), on_the_way
-    assert lives(place), "a worker was restarted"
+            assert text.encode() in responses[-1].raw, responses[-1]
+    for text in (*case.lacks, *(case.lacks_directly if direct else ())):
+        assert not any(text.encode() in one.raw for one in responses), responses
+        assert not any(text.lower() in head.lower() for head in heads), heads
+    assert not any(KEY in head or ADMIN_KEY in head for head in heads), heads
+    assert is_alive(deployment), "a worker was restarted"
 
 
 @pytest.mark.both_servers
-def test_every_refusal_is_a_json_error_and_no_html_page(places: dict[str, Place]) -> None:
+def test_every_rejection_is_a_json_error_and_never_an_html_page(
+    deployments: dict[str, Deployment],
+) -> None:
     pages, other = [], []
     for case in CASES:
         if case.closes or "waits" in case.status[-1]:
             continue
-        with Client(places[case.gateway].port("direct")) as client:
+        with Client(deployments[case.gateway].port("direct")) as client:
             client.send(case.data)
-            answers = []
-            while len(answers) < len(case.status) and (answer := client.read()):
-                answers.append(answer)
-        for answer in answers:
-            if b"<html" in answer.raw.lower():
+            responses = []
+            while len(responses) < len(case.status) and (response := client.read()):
+                responses.append(response)
+        for response in responses:
+            if b"<html" in response.raw.lower():
                 pages.append(case.name)
-            elif answer.status >= "400" and not (
-                answer.body.startswith(b"{") and answer.header("X-Request-Id")
+            elif response.status >= "400" and not (
+                response.body.startswith(b"{") and response.header("X-Request-Id")
             ):
                 other.append(case.name)
     assert (pages, other) == ([], [])
 
 
 @pytest.mark.both_servers
-def test_no_case_leaves_a_traceback_or_a_key_in_the_log(places: dict[str, Place]) -> None:
-    for name, place in places.items():
-        log = place.gateway.logged()
+def test_no_case_leaves_a_traceback_or_a_key_in_the_log(
+    deployments: dict[str, Deployment],
+) -> None:
+    for name, deployment in deployments.items():
+        log = deployment.gateway.logged()
         assert "Traceback" not in log, f"{name}: {log[log.index('Traceback') - 500 :][:4000]}"
         assert KEY not in log, name
         assert ADMIN_KEY not in log, name
 
 
 @pytest.mark.both_servers
-def test_no_worker_died_of_the_corpus(places: dict[str, Place]) -> None:
-    for place in places.values():
-        eventually(lambda place=place: lives(place))
+def test_no_worker_dies_of_the_corpus(deployments: dict[str, Deployment]) -> None:
+    for deployment in deployments.values():
+        eventually(lambda deployment=deployment: is_alive(deployment))
 
 
 def test_the_corpus_has_at_least_80_cases() -> None:

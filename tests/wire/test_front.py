@@ -1,4 +1,4 @@
-"""The paths that are served in front of Flask have the rules of those behind it."""
+"""The paths that skip Flask follow the same rules as those that Flask dispatches."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def bearer(key: str) -> dict[str, str]:
 
 _KEYS = {"": {}, "wrong": bearer("wrong"), "good": bearer(NEW), "admin": bearer(ADMIN),
          "x": {"X-API-Key": NEW}}  # fmt: skip
-_ASKED = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+_PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
 _SHAPES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "post": ("POST", {}, {}),
     "not json": ("POST", {}, {"body": b"{"}),
     "get": ("GET", {}, {}),
     "unknown method": ("BREW", {}, {}),
     "too large": ("POST", {"Content-Length": "999999"}, {}),
-    "preflight": ("OPTIONS", _ASKED, {}),
-    "foreign preflight": ("OPTIONS", _ASKED | {"Origin": "https://evil.example"}, {}),
+    "preflight": ("OPTIONS", _PREFLIGHT, {}),
+    "foreign preflight": ("OPTIONS", _PREFLIGHT | {"Origin": "https://evil.example"}, {}),
     "origin": ("POST", {"Origin": ORIGIN}, {}),
     "request id": ("POST", {"X-Request-Id": "mine"}, {}),
     "not allowed": ("POST", {}, {"REMOTE_ADDR": "8.8.8.8"}),
@@ -42,12 +42,12 @@ _SHAPES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def both_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The application as it is, and one that leaves the busiest paths to Flask too."""
+def both_routes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The application as it is, and one in which Flask dispatches the busiest paths too."""
     configured = settings.load(
         {
             "LMSTUDIO_BASE_URL": "http://127.0.0.1:9",
-            "STATE_URL": f"sqlite:///{tmp_path_factory.mktemp('ways')}/state.db",
+            "STATE_URL": f"sqlite:///{tmp_path_factory.mktemp('routes')}/state.db",
             "GATEWAY_API_KEY": NEW,
             "GATEWAY_ADMIN_KEY": ADMIN,
             "CORS_ORIGINS": ORIGIN,
@@ -65,18 +65,18 @@ def both_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("shape", _SHAPES)
 @pytest.mark.parametrize("path", sorted(HOT_PATHS))
-def test_the_way_in_front_of_flask_has_the_same_rules(
-    both_ways: tuple[Any, Any], path: str, shape: str
+def test_a_path_that_skips_flask_follows_the_same_rules(
+    both_routes: tuple[Any, Any], path: str, shape: str
 ) -> None:
     method, headers, more = _SHAPES[shape]
     for name, key in _KEYS.items():
-        answers = [call(app, method, path, headers | key, **more) for app in both_ways]
-        assert answers[0] == answers[1], name
-        assert answers[0][0] != "500", answers[0]
+        direct, dispatched = (call(app, method, path, headers | key, **more) for app in both_routes)
+        assert direct == dispatched, name
+        assert direct[0] != "500", direct
 
 
 def call(app: Any, method: str, path: str, headers: dict[str, str], **more: Any) -> Any:
-    """Status, headers and body, without what differs from one request to the next."""
+    """Status, headers and body of a response, without what differs between requests."""
     body = more.pop("body", b'{"model": "m", "messages": []}')
     environ = {
         "REQUEST_METHOD": method, "PATH_INFO": path, "RAW_URI": path, "QUERY_STRING": "",
@@ -90,10 +90,10 @@ def call(app: Any, method: str, path: str, headers: dict[str, str], **more: Any)
         key = name.upper().replace("-", "_")
         environ[key if key == "CONTENT_LENGTH" else f"HTTP_{key}"] = value
     environ |= more
-    told: list[Any] = []
-    answer = app(environ, lambda status, fields: told.append((status, fields)))
-    content = b"".join(answer)
-    getattr(answer, "close", lambda: None)()
-    status, fields = told[0]
+    started: list[Any] = []
+    response = app(environ, lambda status, fields: started.append((status, fields)))
+    content = b"".join(response)
+    getattr(response, "close", lambda: None)()
+    status, fields = started[0]
     kept = sorted((name.lower(), value) for name, value in fields if not value.startswith("req_"))
     return status[:3], kept, content

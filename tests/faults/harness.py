@@ -1,4 +1,4 @@
-"""What the faults are played on: a patched gateway, clients that never stop, streams, a small disk.
+"""The harness of the fault tests: a patched gateway, busy clients, streams and failing disks.
 
 Nothing here imports gevent: the clients are threads.
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from tests.processes import Gateway, eventually
 
 MODEL = "qwen2-1.5b-instruct"
 CHAT = "/v1/chat/completions"
-#: Constants are set in the worker, after gunicorn has forked and gevent has patched it.
+#: Sets constants in the worker, after gunicorn has forked it and gevent has patched it.
 _SCRIPT = """
 import resource
-from gateway.serving import launch as server, worker
+from gateway.serving import launch, worker
 {before}
 plain_run = worker.Worker.run
 def run(self):
@@ -40,22 +39,22 @@ def run(self):
 {inside}
     plain_run(self)
 worker.Worker.run = run
-server.serve_gunicorn(server.checked_settings_or_exit())
+launch.serve_gunicorn(launch.checked_settings_or_exit())
 """
 
 
 @dataclass
 class Row:
-    """One line of the campaign's table. ``problems`` is what must not have happened, in words."""
+    """One row of the campaign's table. ``problems`` describes whatever must not happen but did."""
 
     fault: str
     lost: str
-    healed: str
+    recovery: str
     problems: list[str]
 
 
 class Patched(Gateway):
-    """A gateway with constants of the test's: ``before`` runs in the master, ``inside`` in each
+    """A gateway with constants set by the test: ``before`` runs in the master, ``inside`` in each
     worker."""
 
     def __init__(
@@ -69,19 +68,18 @@ class Patched(Gateway):
 
 
 def chat(count: int, stream: bool, **more: Any) -> bytes:
-    """A chat whose answer counts to ``count``."""
+    """The body of a chat request; the simulator responds by counting to ``count``."""
     messages = [{"role": "user", "content": f"count to {count}"}]
     return json.dumps({"model": MODEL, "messages": messages, "stream": stream, **more}).encode()
 
 
-class Crowd:
-    """Clients that ask one question after the other, some over kept connections, some not."""
+class BusyClients:
+    """Clients that send one chat after another; every second one keeps its connection alive."""
 
-    def __init__(self, port: int, clients: int, question: bytes | None = None) -> None:
+    def __init__(self, port: int, clients: int) -> None:
         self.port, self.done = port, 0
-        self.answers: Counter[int] = Counter()
         self.failures: list[str] = []
-        self._question = question or chat(3, False)
+        self._body = chat(3, False)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
@@ -98,29 +96,28 @@ class Crowd:
         while not self._stop.is_set():
             connection = kept or http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
             try:
-                connection.request("POST", CHAT, self._question)
-                answer = connection.getresponse()
-                text = answer.read()
-                self._note(answer.status, "" if answer.status == 200 else repr(text[:200]))
-                kept = connection if number % 2 and not answer.will_close else None
+                connection.request("POST", CHAT, self._body)
+                response = connection.getresponse()
+                text = response.read()
+                self._record(response.status, "" if response.status == 200 else repr(text[:200]))
+                kept = connection if number % 2 and not response.will_close else None
             except (OSError, http.client.HTTPException) as error:
-                self._note(0, repr(error))
+                self._record(0, repr(error))
                 kept = None
             if kept is None:
                 connection.close()
         if kept is not None:
             kept.close()
 
-    def _note(self, status: int, words: str) -> None:
+    def _record(self, status: int, problem: str) -> None:
         with self._lock:
             self.done += 1
-            self.answers[status] += 1
-            if words:
-                self.failures.append(f"{status} {words}")
+            if problem:
+                self.failures.append(f"{status} {problem}")
 
 
 class Stream:
-    """One chat stream that is read in the background."""
+    """A chat stream that is read in the background."""
 
     def __init__(self, port: int, count: int = 20, pace_ms: float = 50) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), 90)
@@ -132,7 +129,7 @@ class Stream:
         self._thread.start()
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         return b"data:" in self.text
 
     @property
@@ -141,12 +138,12 @@ class Stream:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer has come whole, to its proper end."""
+        """Whether the response arrived whole, up to its proper end."""
         return b"data: [DONE]" in self.text and self.text.endswith(b"0\r\n\r\n")
 
     @property
-    def told(self) -> bool:
-        """Whether the answer ended with an error event and no end that looks complete."""
+    def ended_with_error(self) -> bool:
+        """Whether the response ended with an error event and without an end that looks complete."""
         ended = b"data: [DONE]" in self.text or self.text.endswith(b"0\r\n\r\n")
         return b'data: {"error":' in self.text and not ended
 
@@ -166,52 +163,54 @@ class Stream:
             return
 
 
-def streams(port: int, crowd: int, **shape: Any) -> list[Stream]:
-    """So many streams, all of which have begun."""
-    made = [Stream(port, **shape) for _ in range(crowd)]
-    eventually(lambda: all(one.begun for one in made), 60)
-    return made
+def start_streams(port: int, number: int, **options: Any) -> list[Stream]:
+    """Open ``number`` streams and wait until each has started."""
+    opened = [Stream(port, **options) for _ in range(number)]
+    eventually(lambda: all(stream.started for stream in opened), 60)
+    return opened
 
 
 def ask(port: int, timeout: float = 60, method: str = "POST", path: str = CHAT, body: Any = None,
         headers: dict[str, str] | None = None) -> tuple[int, Any]:  # fmt: skip
-    """Status and JSON of one request over a connection of its own; status 0 without an answer."""
+    """Status and JSON of one request over its own connection; status 0 without a response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     content = json.dumps(body).encode() if body is not None else chat(2, False)
     try:
         connection.request(method, path, content if method == "POST" else None, headers or {})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read() or b"null")
+        response = connection.getresponse()
+        return response.status, json.loads(response.read() or b"null")
     except (OSError, http.client.HTTPException):
         return 0, None
     finally:
         connection.close()
 
 
-def healed(condition: Callable[[], Any], timeout: float = 60) -> str:
-    """The time until a condition holds, as the table tells it."""
+def recovery(condition: Callable[[], Any], timeout: float = 60) -> str:
+    """Wait for a condition and return how long it took, as the table shows it."""
     began = time.monotonic()
     eventually(condition, timeout)
     return f"{time.monotonic() - began:.1f} s"
 
 
 def serves(port: int) -> bool:
-    """Whether twenty chats in a row, over whichever worker, are answered."""
+    """Whether twenty chats in a row succeed, whichever workers serve them."""
     return all(ask(port, 10)[0] == 200 for _ in range(20))
 
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
-    """A disk of 2 MiB at ``folder``; what is yielded makes it ``full`` or ``well`` again. Only root
-    can mount one: for anybody else the test is skipped."""
+    """Mount a disk of 2 MiB at ``folder``; call what is yielded with ``full`` or ``repaired``.
+
+    Only root can mount one: for other users the test is skipped.
+    """
     folder.mkdir(parents=True)
     command = ("mount", "-t", "tmpfs", "-o", "size=2m", "small", str(folder))
     if subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("only root can mount a small disk")
     ballast = folder / "ballast"
 
-    def change(what: str) -> None:
-        if what == "full":
+    def change(condition: str) -> None:
+        if condition == "full":
             _fill(ballast)
         else:
             ballast.unlink()
@@ -224,27 +223,29 @@ def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def fragile_disk(folder: Path) -> Iterator[Callable[[str], None]]:
-    """A disk of ext4 at ``folder``; what is yielded makes it ``readonly``, as the kernel does with
-    one that fails, and ``well`` again once nobody uses it. Only root can have one: for anybody
-    else, or where there is no loop device, the test is skipped."""
+    """Mount an ext4 disk at ``folder``; call what is yielded with ``readonly`` or ``repaired``.
+
+    The kernel makes a failing disk read-only like this. Repairing it needs a disk that nobody uses.
+    Only root can mount one: for other users, and without loop devices, the test is skipped.
+    """
     folder.mkdir(parents=True)
     image = folder.with_suffix(".ext4")
     with image.open("wb") as file:
         file.truncate(16 << 20)
-    made = [("mkfs.ext4", "-q", str(image)), ("mount", "-o", "loop", str(image), str(folder))]
+    mount = ("mount", "-o", "loop", str(image), str(folder))
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    for command in made:
+    for command in (("mkfs.ext4", "-q", str(image)), mount):
         if not shutil.which(command[0], path=path):
             pytest.skip(f"{command[0]} is not installed")
         if subprocess.run(command, capture_output=True, env={"PATH": path}).returncode != 0:
-            pytest.skip("only root can mount a disk, and only where there are loop devices")
+            pytest.skip("mounting a disk needs root and loop devices")
 
-    def change(what: str) -> None:
-        if what == "readonly":
+    def change(condition: str) -> None:
+        if condition == "readonly":
             subprocess.run(("mount", "-o", "remount,abort", str(folder)), check=True)
         else:
             subprocess.run(("umount", str(folder)), check=True)
-            subprocess.run(made[1], check=True)
+            subprocess.run(mount, check=True)
 
     try:
         yield change
@@ -253,12 +254,12 @@ def fragile_disk(folder: Path) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def locked(database: Path) -> Iterator[Callable[[str], None]]:
-    """What is yielded makes another process' endless write of the database, and ends it."""
+def locked_database(database: Path) -> Iterator[Callable[[str], None]]:
+    """Call what is yielded with ``locked`` to lock a database as a writer, or with ``repaired``."""
     held: list[sqlite3.Connection] = []
 
-    def change(what: str) -> None:
-        if what == "locked":
+    def change(condition: str) -> None:
+        if condition == "locked":
             held.append(sqlite3.connect(database, timeout=30, isolation_level=None))
             held[0].execute("BEGIN EXCLUSIVE")
         else:
@@ -269,10 +270,10 @@ def locked(database: Path) -> Iterator[Callable[[str], None]]:
         held.pop().close()
 
 
-def tracebacks(gateway: Gateway, *but: str) -> list[str]:
-    """The tracebacks in the log, those aside that end in a line with one of the given words."""
+def tracebacks(gateway: Gateway, *ignored: str) -> list[str]:
+    """The first tracebacks in the log, except those that contain one of the ignored texts."""
     found = re.findall(r"Traceback \(most recent call last\):\n(?:  .*\n)*.*", gateway.logged())
-    return [one[-600:] for one in found if not any(word in one for word in but)][:3]
+    return [one[-600:] for one in found if not any(word in one for word in ignored)][:3]
 
 
 def _fill(ballast: Path) -> None:
