@@ -1,8 +1,8 @@
-"""Random requests against a real gateway: ``python -m tests.fuzz.campaign --requests 20000``.
+"""Sends random requests to a real gateway: ``python -m tests.fuzz.campaign --requests 20000``.
 
-Never a 5xx other than the contract's own, never a page of HTML, an error always in the dialect of
-its path, never a traceback in the log, never a worker that hangs or was restarted. Exits 1 and says
-what was sent when one of these is broken.
+Whatever they contain, there must be no 5xx other than those of the contract, no HTML page, no error
+in another dialect than that of its path, no traceback in the log, and no worker that hangs or is
+restarted. Otherwise the campaign prints the request and exits with status 1.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.fuzz.shapes import Shot, volleys
+from tests.fuzz.shapes import Request, batches
 from tests.processes import Gateway, Simulator
 
-#: Seconds in which every request must be answered.
+#: Seconds within which every response must arrive.
 DEADLINE = 30.0
+#: The error codes of the contract, by status; None is for dialects without codes.
 _CODES = {
     502: {"bad_gateway", None},
     503: {"lmstudio_unreachable", "overloaded", None},
@@ -32,8 +33,8 @@ _MESSAGES = ("/v1/messages", "/messages")
 _FLAT = ("/admin", "/debug", "/health", "/metrics")
 
 
-class Range:
-    """A gateway and LM Studio's simulator to shoot at."""
+class Target:
+    """A gateway and LM Studio's simulator, to which the requests go."""
 
     def __init__(self, folder: Path) -> None:
         self.simulator = Simulator(0, "--pace-ms", "0")
@@ -45,47 +46,47 @@ class Range:
         self.gateway.stop()
         self.simulator.stop()
 
-    def fire(self, shot: Shot) -> None:
-        """Send one request and judge what comes back."""
+    def send(self, request: Request) -> None:
+        """Send one request and check the response."""
         connection = http.client.HTTPConnection("127.0.0.1", self.gateway.port, timeout=DEADLINE)
         try:
-            connection.putrequest(shot.method, shot.path)
-            for name, value in shot.headers:
+            connection.putrequest(request.method, request.path)
+            for name, value in request.headers:
                 connection.putheader(name, value.encode("latin-1"))
-            connection.putheader("Content-Length", str(len(shot.body)))
-            connection.endheaders(shot.body)
-            answer = connection.getresponse()
-            content = answer.read()
+            connection.putheader("Content-Length", str(len(request.body)))
+            connection.endheaders(request.body)
+            response = connection.getresponse()
+            content = response.read()
         finally:
             connection.close()
-        self.statuses[answer.status] += 1
-        self.judge(shot, answer, content)
+        self.statuses[response.status] += 1
+        self.check(request, response, content)
 
-    def judge(self, shot: Shot, answer: http.client.HTTPResponse, content: bytes) -> None:
-        status = answer.status
-        assert answer.headers["X-Request-Id"], shot
-        assert not content or answer.headers.get_content_type() != "text/html", (shot, content)
-        if status < 400 or answer.headers.get_content_type() == "text/event-stream":
+    def check(self, request: Request, response: http.client.HTTPResponse, content: bytes) -> None:
+        status = response.status
+        assert response.headers["X-Request-Id"], request
+        assert not content or response.headers.get_content_type() != "text/html", (request, content)
+        if status < 400 or response.headers.get_content_type() == "text/event-stream":
             return
-        told = json.loads(content)
-        error = told["error"]
-        path = shot.path.partition("?")[0]
+        body = json.loads(content)
+        error = body["error"]
+        path = request.path.partition("?")[0]
         code = None
         if path in _MESSAGES:
-            assert told["type"] == "error", (shot, content)
-            assert set(error) == {"type", "message"}, (shot, content)
+            assert body["type"] == "error", (request, content)
+            assert set(error) == {"type", "message"}, (request, content)
         elif path.startswith(_FLAT):
-            assert isinstance(error, str), (shot, content)
-            assert told["requestId"], (shot, content)
+            assert isinstance(error, str), (request, content)
+            assert body["requestId"], (request, content)
         else:
-            assert set(error) >= {"message", "type", "param", "code"}, (shot, content)
+            assert set(error) >= {"message", "type", "param", "code"}, (request, content)
             code = error["code"]
         if status >= 500:
-            ours = status in _CODES and code in _CODES[status]
-            assert ours or self._upstream_said(status), (shot, status, content)
+            expected = status in _CODES and code in _CODES[status]
+            assert expected or self._upstream_sent(status), (request, status, content)
 
-    def still_well(self) -> None:
-        """To be asked now and then, as it costs."""
+    def check_gateway(self) -> None:
+        """Check workers, health, log and exchanges in flight; too slow for every request."""
         assert self.gateway.workers() == self.workers, "a worker was restarted"
         for _ in range(8):
             assert self.gateway.http.get(f"{self.gateway.url}/health", timeout=20).ok
@@ -93,15 +94,15 @@ class Range:
         log = self.gateway.logged()
         assert "Traceback" not in log, log[log.index("Traceback") :][:3000]
         running = [one["target"] for one in self.simulator.requests() if one["endedMs"] is None]
-        assert len(running) < 5, f"exchanges are left over: {running}"
+        assert len(running) < 5, f"exchanges are still in flight: {running}"
 
-    def _upstream_said(self, status: int) -> bool:
+    def _upstream_sent(self, status: int) -> bool:
         return any(one["status"] == status for one in self.simulator.requests()[-3:])
 
 
-def play(place: Range, requests: int, seconds: float) -> int:
-    """So many requests at most, for so long at most; returns how many there were."""
-    began, fired = time.monotonic(), 0
+def run(target: Target, requests: int, seconds: float) -> int:
+    """Send at most ``requests`` requests for at most ``seconds``; returns how many were sent."""
+    began, sent = time.monotonic(), 0
 
     @settings(
         max_examples=requests // 8,
@@ -111,41 +112,41 @@ def play(place: Range, requests: int, seconds: float) -> int:
         suppress_health_check=list(HealthCheck),
         derandomize=requests < 5000,
     )
-    @given(volleys)
-    def shoot(volley: list[Shot]) -> None:
-        nonlocal fired
+    @given(batches)
+    def send(batch: list[Request]) -> None:
+        nonlocal sent
         if time.monotonic() - began > seconds:
             return
-        for shot in volley:
-            place.fire(shot)
-        fired += len(volley)
-        if fired % 1000 == 0:
-            place.still_well()
-            place.simulator.reset()
+        for request in batch:
+            target.send(request)
+        sent += len(batch)
+        if sent % 1000 == 0:
+            target.check_gateway()
+            target.simulator.reset()
 
-    shoot()
-    place.still_well()
-    return fired
+    send()
+    target.check_gateway()
+    return sent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20000)
     parser.add_argument("--minutes", type=float, default=20)
-    asked = parser.parse_args()
-    fired = 0
+    options = parser.parse_args()
+    sent = 0
     with tempfile.TemporaryDirectory() as folder:
-        place = Range(Path(folder))
+        target = Target(Path(folder))
         began = time.monotonic()
         try:
-            # several rounds, as hypothesis remembers what it tried in each
-            while fired < asked.requests and time.monotonic() - began < asked.minutes * 60:
-                left = asked.minutes * 60 - (time.monotonic() - began)
-                fired += play(place, min(5000, asked.requests - fired), left)
-            print(f"{fired} requests in {time.monotonic() - began:.0f} s", dict(place.statuses))
+            # several rounds, because hypothesis remembers everything that it tried in one
+            while sent < options.requests and time.monotonic() - began < options.minutes * 60:
+                left = options.minutes * 60 - (time.monotonic() - began)
+                sent += run(target, min(5000, options.requests - sent), left)
+            print(f"{sent} requests in {time.monotonic() - began:.0f} s", dict(target.statuses))
         finally:
-            place.stop()
-    return 0 if fired >= asked.requests else 1
+            target.stop()
+    return 0 if sent >= options.requests else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is sent: requests between the almost right and the absurd."""
+"""Strategies for requests, from nearly valid to absurd."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WORDS = ["", " ", "\0", "a\r\nb: c", "\ud800", "\U0001f600", "../..", "%2e%2e",
 
 
 @dataclass(frozen=True)
-class Shot:
+class Request:
     """One request."""
 
     method: str
@@ -54,13 +54,13 @@ _values = st.recursive(
 )
 
 
-def _objects(right: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Objects with members that an endpoint knows, right or not, and others."""
+def _objects(valid: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Objects with members that an endpoint knows, their values valid or not, and unknown ones."""
     known = st.fixed_dictionaries(
-        {}, optional={name: st.just(value) | _values for name, value in right.items()}
+        {}, optional={name: st.just(value) | _values for name, value in valid.items()}
     )
-    odd = st.dictionaries(st.text(max_size=10), _values, max_size=2)
-    return st.builds(lambda first, second: {**second, **first}, known, odd)
+    unknown = st.dictionaries(st.text(max_size=10), _values, max_size=2)
+    return st.builds(lambda first, second: {**second, **first}, known, unknown)
 
 
 _load_config = _objects(
@@ -100,24 +100,22 @@ _inference = _objects(
 )
 
 
-def _written(value: Any) -> bytes:
-    """JSON, with NaN and lone surrogates as Python writes them."""
+def _json(value: Any) -> bytes:
+    """JSON, with NaN and lone surrogates as Python serializes them."""
     return json.dumps(value).encode()
 
 
-def _spoiled(content: bytes, at: int, how: int) -> bytes:
-    """The same, cut off, doubled, or with a byte that does not belong there."""
+def _corrupted(content: bytes, at: int, how: int) -> bytes:
+    """The content cut off, doubled, with an invalid byte, or unchanged."""
     at = at % (len(content) + 1)
     return [content[:at], content + content, content[:at] + b"\xff" + content[at:], content][how]
 
 
 _bodies = st.one_of(
-    st.builds(_written, _admin),
-    st.builds(_written, _inference),
-    st.builds(_written, _values),
-    st.builds(
-        _spoiled, st.builds(_written, _admin | _inference), st.integers(0), st.integers(0, 3)
-    ),
+    st.builds(_json, _admin),
+    st.builds(_json, _inference),
+    st.builds(_json, _values),
+    st.builds(_corrupted, st.builds(_json, _admin | _inference), st.integers(0), st.integers(0, 3)),
     st.binary(max_size=200),
 )
 _field_text = st.text(
@@ -145,10 +143,10 @@ _lines = st.tuples(
     st.sampled_from((*INFERENCE, *ADMIN, *ADMIN, *READING)),
     _queries,
 )
-#: Making headers and a body up costs more than sending them: they go to several places.
-volleys = st.builds(
+#: Generating headers and a body costs more than sending them, so they go to several paths.
+batches = st.builds(
     lambda lines, headers, body: [
-        Shot(method, path + query, tuple(headers), body) for method, path, query in lines
+        Request(method, path + query, tuple(headers), body) for method, path, query in lines
     ],
     st.lists(_lines, min_size=8, max_size=8),
     _headers,

@@ -1,20 +1,20 @@
-"""The fuzzing campaign in a size for CI."""
+"""A short fuzzing campaign."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.fuzz.campaign import Range, play
+from tests.fuzz.campaign import Target, run
 
 REQUESTS = 600
 
 
 def test_no_input_breaks_the_gateway(tmp_path: Path) -> None:
-    place = Range(tmp_path / "range")
+    target = Target(tmp_path / "target")
     try:
-        assert play(place, REQUESTS, seconds=150) > REQUESTS / 4
-        # that some of them were served shows that not all was absurd
-        assert place.statuses[200] > 20, place.statuses
-        assert place.statuses[400] > 20, place.statuses
+        assert run(target, REQUESTS, seconds=150) > REQUESTS / 4
+        # not every request was absurd, and not every one valid
+        assert target.statuses[200] > 20, target.statuses
+        assert target.statuses[400] > 20, target.statuses
     finally:
-        place.stop()
+        target.stop()
