@@ -1,4 +1,4 @@
-"""A real nginx as the front of a gateway, with the configuration that is for operators."""
+"""A real nginx in front of a gateway, with the configuration in ``deploy``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.processes import eventually, free_port
 
 START_TIMEOUT = 10.0
 DEPLOYED = Path(__file__).parents[1] / "deploy" / "nginx.conf"
-#: What deploy/nginx.conf leaves to the system's own nginx.conf.
+#: Stands in for the system's nginx.conf, which includes deploy/nginx.conf.
 _MAIN = """
 daemon off;
 {user}
@@ -35,12 +35,12 @@ http {{
 
 
 def require(binary: str) -> str:
-    """The path of a program; without it the test is skipped, but fails in CI."""
+    """The path of a program. Skips the test if it is not installed; in CI, fails it."""
     path = shutil.which(binary) or shutil.which(binary, path="/usr/sbin:/usr/local/sbin")
     if path is None:
         reason = f"{binary} is not installed"
         if os.environ.get("CI") == "true":
-            pytest.fail(f"{reason}, and CI must not skip this")
+            pytest.fail(f"{reason}, but CI must run this test")
         pytest.skip(reason)
     return path
 
@@ -48,7 +48,7 @@ def require(binary: str) -> str:
 class Nginx:
     """nginx on a free port in front of ``upstream``: ``http://host:port`` or ``unix:/path``.
 
-    ``changes`` are replacements in deploy/nginx.conf beside those of its addresses.
+    ``changes`` are replacements in deploy/nginx.conf, in addition to those of its addresses.
     """
 
     def __init__(self, folder: Path, upstream: str, changes: dict[str, str] | None = None) -> None:
@@ -58,7 +58,7 @@ class Nginx:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "error.log"
-        # as root nginx's workers would otherwise be nobody, who can't enter the folder
+        # run by root, nginx's workers would be nobody's, who can't read the folder
         user = "user root root;" if os.geteuid() == 0 else ""
         (folder / "nginx.conf").write_text(_MAIN.format(user=user, folder=folder))
         addresses = {
@@ -74,7 +74,7 @@ class Nginx:
         eventually(self._answers, START_TIMEOUT)
 
     def configuration(self) -> str:
-        """What nginx itself says that its configuration is."""
+        """The whole configuration, as nginx has parsed it."""
         command = [*self._command(), "-T", "-q"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

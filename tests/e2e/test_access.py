@@ -1,4 +1,4 @@
-"""Who gets in, through real gunicorn: addresses, keys, roles, preflights; what the others get."""
+"""Who is admitted, under real gunicorn: addresses, keys, roles and preflights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Launch = Callable[..., Gateway]
 OLD, NEW, ADMIN = "old-key-0123456789", "new-key-0123456789", "admin-key-0123456789"
 ORIGIN = "https://app.example"
 CHAT = "/v1/chat/completions"
-#: One path of every surface, and its dialect.
+#: A path of every API, and its dialect.
 SURFACES = {
     "/v1/models": "openai",
     CHAT: "openai",
@@ -46,6 +46,8 @@ ADMIN_PATHS = [
 
 
 class UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection over a Unix socket."""
+
     def __init__(self, path: str) -> None:
         super().__init__("gateway", timeout=60)
         self.path = path
@@ -57,7 +59,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 def ask(where: Any, method: str, path: str, headers: dict[str, str] | None = None,
         body: bytes | None = None) -> tuple[int, http.client.HTTPMessage, bytes]:  # fmt: skip
-    """One request, with exactly these headers, to a gateway or over a connection."""
+    """Send one request with exactly these headers, to a gateway or over a connection."""
     if isinstance(where, Gateway):
         where = (
             UnixConnection(where.unix)
@@ -66,9 +68,9 @@ def ask(where: Any, method: str, path: str, headers: dict[str, str] | None = Non
         )
     try:
         where.request(method, path, body, headers or {})
-        answer = where.getresponse()
-        endless = answer.headers.get_content_type() == "text/event-stream"
-        return answer.status, answer.headers, b"" if endless else answer.read()
+        response = where.getresponse()
+        endless = response.headers.get_content_type() == "text/event-stream"
+        return response.status, response.headers, b"" if endless else response.read()
     finally:
         where.close()
 
@@ -77,18 +79,18 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def check_dialect(spoken: str, content: bytes, code: str | None) -> None:
-    told = json.loads(content)
-    if spoken == "admin":
-        assert isinstance(told["error"], str)
-        assert told["requestId"]
-        assert set(told) <= {"error", "details", "requestId"}
-    elif spoken == "anthropic":
-        assert set(told) == {"type", "error"}
-        assert set(told["error"]) == {"type", "message"}
+def check_dialect(dialect: str, content: bytes, code: str | None) -> None:
+    body = json.loads(content)
+    if dialect == "admin":
+        assert isinstance(body["error"], str)
+        assert body["requestId"]
+        assert set(body) <= {"error", "details", "requestId"}
+    elif dialect == "anthropic":
+        assert set(body) == {"type", "error"}
+        assert set(body["error"]) == {"type", "message"}
     else:
-        assert set(told["error"]) == {"message", "type", "param", "code"}
-        assert code is None or told["error"]["code"] == code
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert code is None or body["error"]["code"] == code
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,9 @@ def keyed(
 
 
 @pytest.mark.parametrize("path", SURFACES)
-def test_without_a_key_there_is_a_401_in_the_dialect_of_the_path(keyed: Gateway, path: str) -> None:
+def test_a_request_without_a_key_gets_401_in_the_dialect_of_its_path(
+    keyed: Gateway, path: str
+) -> None:
     for headers in ({}, bearer("wrong"), {"X-API-Key": "wrong"}):
         status, head, content = ask(keyed, "GET", path, headers)
         assert (status, head["WWW-Authenticate"]) == (401, "Bearer")
@@ -134,40 +138,42 @@ def test_an_inference_key_gets_403_on_every_admin_path(
 ) -> None:
     for variant in (path, path + "?x=1", path + "/", "/" + path, path.replace("m", "%6d", 1)):
         status, _, content = ask(keyed, method, variant, bearer(NEW))
-        # a path that is none, so that there is nothing behind it, may be told so
+        # a variant that is not a path of the API may get a 404
         assert status in ((403,) if variant in (path, path + "?x=1") else (400, 403, 404)), variant
         if variant == path:
-            spoken = "openai" if path.startswith("/api") else "admin"
-            check_dialect(spoken, content, "admin_key_required")
+            dialect = "openai" if path.startswith("/api") else "admin"
+            check_dialect(dialect, content, "admin_key_required")
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", p) for _, p in ADMIN_PATHS if "str" not in p])
-def test_an_admin_key_is_not_refused_on_any_admin_path(
+def test_an_admin_key_is_accepted_on_every_admin_path(
     keyed: Gateway, simulator: Simulator, method: str, path: str
 ) -> None:
     assert ask(keyed, method, path, bearer(ADMIN))[0] not in (401, 403, 500)
 
 
-def test_events_name_the_key_and_do_not_hold_it(keyed: Gateway, simulator: Simulator) -> None:
+def test_events_contain_the_name_of_the_key_but_not_the_key(
+    keyed: Gateway, simulator: Simulator
+) -> None:
     body = b'{"model": "qwen2-1.5b-instruct", "messages": []}'
     url = f"{keyed.url}/debug/stream?types=inference_start"
     with keyed.http.get(url, headers=bearer(ADMIN), stream=True, timeout=60) as events:
         lines = events.iter_lines()
         assert next(lines)
         assert ask(keyed, "POST", CHAT, bearer(OLD), body)[0] < 500
-        told = next(line for line in lines if b'"client"' in line)
-    assert json.loads(told.partition(b":")[2])["client"] == "old"
-    assert OLD.encode() not in told
+        event = next(line for line in lines if b'"client"' in line)
+    assert json.loads(event.partition(b":")[2])["client"] == "old"
+    assert OLD.encode() not in event
 
 
-def test_rotation_takes_a_key_away_and_leaves_the_other(launch: Launch) -> None:
+def test_removing_a_key_leaves_the_other_one_valid(launch: Launch) -> None:
     before = launch(GATEWAY_API_KEY=f"old:{OLD},new:{NEW}", WEB_CONCURRENCY=1)
     assert [ask(before, "GET", "/v1/models", bearer(key))[0] for key in (OLD, NEW)] == [200, 200]
     after = launch(GATEWAY_API_KEY=f"new:{NEW}", WEB_CONCURRENCY=1)
     assert [ask(after, "GET", "/v1/models", bearer(key))[0] for key in (OLD, NEW)] == [401, 200]
 
 
-def test_with_an_admin_key_only_inference_is_open_and_nothing_else(launch: Launch) -> None:
+def test_an_admin_key_alone_leaves_inference_open_and_nothing_else(launch: Launch) -> None:
     gateway = launch(GATEWAY_ADMIN_KEY=ADMIN, WEB_CONCURRENCY=1)
     assert ask(gateway, "GET", "/v1/models")[0] == 200
     for method, path in ADMIN_PATHS:
@@ -185,7 +191,7 @@ def test_health_needs_no_key(keyed: Gateway) -> None:
     assert ask(keyed, "GET", "/healthy")[0] == 401
 
 
-def test_health_needs_any_key_when_it_is_required(launch: Launch) -> None:
+def test_health_needs_any_key_if_the_settings_say_so(launch: Launch) -> None:
     gateway = launch(GATEWAY_API_KEY=NEW, GATEWAY_ADMIN_KEY=ADMIN, REQUIRE_AUTH_FOR_HEALTH="true")
     for path in ("/health", "/health/ready"):
         status, head, content = ask(gateway, "GET", path)
@@ -202,19 +208,19 @@ def test_health_needs_any_key_when_it_is_required(launch: Launch) -> None:
     [("127.0.0.1", 200), ("127.0.0.0/8", 200), ("::1", 403),
      ("10.0.0.0/8,192.168.0.0/16", 403), ("*", 200)],
 )  # fmt: skip
-def test_the_allowlist_goes_before_the_key(launch: Launch, allowed: str, status: int) -> None:
+def test_the_allowlist_is_checked_before_the_key(launch: Launch, allowed: str, status: int) -> None:
     gateway = launch(IP_ALLOWLIST=allowed, GATEWAY_API_KEY=NEW, WEB_CONCURRENCY=1)
     assert ask(gateway, "GET", "/v1/models", bearer(NEW))[0] == status
     forged = {"X-Forwarded-For": "10.1.2.3", "X-Real-IP": "10.1.2.3", **bearer(NEW)}
     assert ask(gateway, "GET", "/v1/models", forged)[0] == status
     if status == 403:
-        for path, spoken in SURFACES.items():
-            refused, _, content = ask(gateway, "GET", path)
-            assert refused == 403
-            check_dialect(spoken, content, "ip_not_allowed")
+        for path, dialect in SURFACES.items():
+            rejected, _, content = ask(gateway, "GET", path)
+            assert rejected == 403
+            check_dialect(dialect, content, "ip_not_allowed")
 
 
-def test_the_allowlist_knows_v6_and_mapped_peers(launch: Launch) -> None:
+def test_the_allowlist_matches_ipv6_and_mapped_peers(launch: Launch) -> None:
     with socket.socket(socket.AF_INET6) as probe:
         try:
             probe.bind(("::1", 0))
@@ -243,7 +249,7 @@ def launch_v6(launch: Launch, host: str, port: int, allowed: str) -> Gateway:
         plain.folder, environ["LMSTUDIO_BASE_URL"], GATEWAY_HOST=host, GATEWAY_PORT=port,
         IP_ALLOWLIST=allowed, GATEWAY_API_KEY=NEW, WEB_CONCURRENCY=1,
     )  # fmt: skip
-    plain.process = gateway.process  # so that it ends with the test
+    plain.process = gateway.process  # the launch fixture stops it
     return gateway
 
 
@@ -259,7 +265,7 @@ def launch_v6(launch: Launch, host: str, port: int, allowed: str) -> Gateway:
         ("", "127.0.0.1", "127.0.0.1", 403),
     ],
 )
-def test_a_peer_on_a_unix_socket_is_a_proxy_only_when_unix_is_trusted(
+def test_a_peer_on_a_unix_socket_is_a_proxy_only_if_unix_is_trusted(
     launch: Launch, tmp_path: Path, trusted: str, allowed: str, forwarded: str, status: int
 ) -> None:
     gateway = launch(
@@ -270,23 +276,23 @@ def test_a_peer_on_a_unix_socket_is_a_proxy_only_when_unix_is_trusted(
     assert ask(gateway, "GET", "/v1/models", headers)[0] == status
 
 
-# CORS, and the other refusals
+# CORS and other rejections
 
 
 @pytest.mark.parametrize("path", SURFACES)
-def test_a_preflight_of_an_allowed_origin_needs_no_key(keyed: Gateway, path: str) -> None:
-    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
-    status, head, content = ask(keyed, "OPTIONS", path, asked)
+def test_a_preflight_from_an_allowed_origin_needs_no_key(keyed: Gateway, path: str) -> None:
+    headers = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    status, head, content = ask(keyed, "OPTIONS", path, headers)
     assert (status, content) == (204, b"")
     assert head.get_all("Access-Control-Allow-Origin") == [ORIGIN]
     assert "Origin" in head["Vary"]
     for other in ("https://evil.example", "null", ORIGIN + ".evil.example", ORIGIN + ":8443"):
-        status, head, _ = ask(keyed, "OPTIONS", path, asked | {"Origin": other})
+        status, head, _ = ask(keyed, "OPTIONS", path, headers | {"Origin": other})
         assert (status, head["Access-Control-Allow-Origin"]) == (401, None)
 
 
 @pytest.mark.parametrize("path", SURFACES)
-def test_an_unknown_method_and_a_large_body_speak_the_dialect_too(
+def test_an_unknown_method_and_a_large_body_get_errors_in_the_dialect_too(
     keyed: Gateway, simulator: Simulator, path: str
 ) -> None:
     length = {"Content-Length": "1001", "Content-Type": "application/json"}

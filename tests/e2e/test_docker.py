@@ -1,6 +1,6 @@
-"""deploy/Dockerfile and deploy/compose.yaml, as far as they can be judged without Docker.
+"""deploy/Dockerfile and deploy/compose.yaml, as far as they can be checked without Docker.
 
-Paths, commands and settings are real ones, and the health check tells a gateway from none. Nothing
+Their paths, commands and settings exist, and the health check detects a missing gateway. Nothing
 here builds or runs a container.
 """
 
@@ -34,41 +34,41 @@ STATE = "/var/lib/lmstudio-gateway"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's instructions and what follows each, in their order."""
+    """The Dockerfile's instructions and their arguments, in order."""
     text = re.sub(r"^\s*#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
     lines = re.sub(r"\\\n", " ", text).splitlines()
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines) if name]
 
 
-def of(wanted: str) -> list[str]:
-    return [rest for name, rest in instructions() if name == wanted]
+def arguments_of(instruction: str) -> list[str]:
+    return [rest for name, rest in instructions() if name == instruction]
 
 
 def copied() -> list[str]:
-    """What comes from the checkout."""
+    """The files and folders that are copied from the checkout."""
     found = []
-    for rest in of("COPY"):
+    for rest in arguments_of("COPY"):
         *sources, _ = shlex.split(rest)
         found += [] if sources[0].startswith("--from=") else sources
     return found
 
 
 def environment() -> dict[str, str]:
-    return dict(part.split("=", 1) for rest in of("ENV") for part in shlex.split(rest))
+    return dict(part.split("=", 1) for rest in arguments_of("ENV") for part in shlex.split(rest))
 
 
-def test_every_instruction_is_one() -> None:
+def test_every_instruction_exists() -> None:
     known = {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK"}
     assert {name for name, _ in instructions()} <= known | {"ARG", "CMD"}
 
 
-def test_what_is_copied_is_there_and_not_ignored() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     kept = re.findall(r"^!(.*)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
     assert sorted(copied()) == sorted(kept)
     assert all((ROOT / name).exists() for name in kept)
 
 
-def test_what_the_installation_needs_is_copied() -> None:
+def test_everything_that_the_installation_needs_is_copied() -> None:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     described = setup["metadata"]["long_description"].removeprefix("file: ")
@@ -78,39 +78,43 @@ def test_what_the_installation_needs_is_copied() -> None:
     assert set(copied()) == needed | {"requirements.txt"}
 
 
-def test_it_runs_a_real_command_and_not_as_root() -> None:
-    (command,) = of("CMD")
+def test_it_runs_an_existing_command_and_not_as_root() -> None:
+    (command,) = arguments_of("CMD")
     script, subcommand = json.loads(command)
     (entry,) = entry_points(group="console_scripts", name=script)
     assert entry.load() is main
     assert subcommand in main.commands
-    assert of("USER") == ["lmstudio-gateway"]
-    assert "useradd --system --uid 10001 --no-create-home lmstudio-gateway " in of("RUN")[-1]
-    # what is installed in the first stage is what the second one has, on its PATH
-    (from_build,) = [rest.split() for rest in of("COPY") if rest.startswith("--from=build ")]
+    assert arguments_of("USER") == ["lmstudio-gateway"]
+    assert (
+        "useradd --system --uid 10001 --no-create-home lmstudio-gateway " in arguments_of("RUN")[-1]
+    )
+    # the second stage has on its PATH what the first one installs
+    (from_build,) = [
+        rest.split() for rest in arguments_of("COPY") if rest.startswith("--from=build ")
+    ]
     _, source, target = from_build
     assert source == target
-    assert f"python -m venv --without-pip {source} " in of("RUN")[0]
+    assert f"python -m venv --without-pip {source} " in arguments_of("RUN")[0]
     assert environment()["PATH"].startswith(f"{target}/bin:")
-    # of a build there is nothing left
-    assert not re.search(r"apt-get|gcc|build-essential", " ".join(of("RUN")))
+    # no build tools are left
+    assert not re.search(r"apt-get|gcc|build-essential", " ".join(arguments_of("RUN")))
 
 
-def test_the_build_gets_the_commit() -> None:
+def test_the_build_receives_the_commit() -> None:
     (variable,) = re.findall(r'^VARIABLE = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)
     names = [name for name, _ in instructions()]
-    assert of("ARG") == [f"{variable}="]
+    assert arguments_of("ARG") == [f"{variable}="]
     # in the first stage, before the installation
     assert names.index("ARG") < names.index("RUN")
     assert SERVICE["build"]["args"] == {variable: f"${{{variable}:-}}"}
 
 
-def test_the_settings_are_real_ones_and_make_sense() -> None:
+def test_the_settings_exist_and_are_valid() -> None:
     own = {name: text for name, text in environment().items() if name != "PATH"}
     assert set(own) <= SETTINGS
     settings = load({**own, "GATEWAY_API_KEY": "a-key-0123456789"})
-    assert of("EXPOSE") == [str(settings.gateway_port)]
-    assert of("VOLUME") == [STATE]
+    assert arguments_of("EXPOSE") == [str(settings.gateway_port)]
+    assert arguments_of("VOLUME") == [STATE]
     assert settings.state_url == f"sqlite:///{STATE}/state.db"
 
 
@@ -118,10 +122,10 @@ def test_the_settings_are_real_ones_and_make_sense() -> None:
     ({}, True), ({"REQUIRE_AUTH_FOR_HEALTH": "true", "GATEWAY_API_KEY": "k" * 20}, True),
     ({"IP_ALLOWLIST": "10.0.0.0/8"}, True), (None, False),
 ])  # fmt: skip
-def test_the_health_check_tells_a_gateway_from_none(
+def test_the_health_check_detects_a_missing_gateway(
     simulator: Simulator, tmp_path: Path, more: dict[str, str] | None, healthy: bool
 ) -> None:
-    (check,) = of("HEALTHCHECK")
+    (check,) = arguments_of("HEALTHCHECK")
     python, *arguments = json.loads(check.partition(" CMD ")[2])
     assert python == "python"
     gateway = None
@@ -138,7 +142,7 @@ def test_the_health_check_tells_a_gateway_from_none(
     assert (done.returncode == 0) is healthy, done.stderr
 
 
-def test_compose_builds_this_and_keeps_the_state() -> None:
+def test_compose_builds_the_dockerfile_and_keeps_the_state() -> None:
     build = SERVICE["build"]
     context = (DEPLOY / build["context"]).resolve()
     assert context == ROOT
@@ -151,19 +155,19 @@ def test_compose_builds_this_and_keeps_the_state() -> None:
     assert int(SERVICE["stop_grace_period"].removesuffix("s")) > GRACEFUL_TIMEOUT
 
 
-def test_composes_settings_are_real_ones_and_make_sense() -> None:
-    told = SERVICE["environment"]
-    assert set(told) <= SETTINGS
-    values = {name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", text) for name, text in told.items()}
+def test_the_settings_of_compose_exist_and_are_valid() -> None:
+    settings = SERVICE["environment"]
+    assert set(settings) <= SETTINGS
+    values = {name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", text) for name, text in settings.items()}
     assert values == {name: text for name, text in environment().items() if name != "PATH"}
     assert {
-        re.findall(r"\$\{(\w+):-", text)[0] for text in told.values() if "$" in text
+        re.findall(r"\$\{(\w+):-", text)[0] for text in settings.values() if "$" in text
     } <= SETTINGS
     assert "host.docker.internal:host-gateway" in SERVICE["extra_hosts"]
     assert SERVICE["ports"] == [f"{values['GATEWAY_PORT']}:{values['GATEWAY_PORT']}"]
 
 
-def test_redis_is_asked_for_by_name_only() -> None:
+def test_redis_starts_only_with_its_profile() -> None:
     redis = COMPOSE["services"]["redis"]
     assert redis["profiles"] == ["redis"]
     (url,) = re.findall(r"STATE_URL=(redis://\S+)", (DEPLOY / "compose.yaml").read_text())

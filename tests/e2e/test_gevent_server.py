@@ -1,4 +1,4 @@
-"""``serve --server gevent``: its end, its sockets, and that it runs where there is no POSIX."""
+"""``serve --server gevent``: shutting down, Unix sockets, and systems without POSIX."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from tests.processes import Gateway, Simulator, eventually
 
 ROOT = Path(__file__).parents[2]
 MODEL = "qwen2-1.5b-instruct"
-#: The server as Windows would have it, as far as Linux can show it: gevent's other event loop, and
-#: nothing of what Python lacks there.
+#: Runs the server much as on Windows: gevent's libuv loop, and nothing that Python lacks there.
 _WITHOUT_POSIX = """
-# they would not import without all that
+# these fail to import without the attributes removed below
 import _socket, asyncio, platform, select, signal, socket, subprocess, sys
-platform.platform()  # runs a program, which only Linux does
+platform.platform()  # caches the result; it runs a program, which only happens on Linux
 for module in ("grp", "gunicorn", "gunicorn.app.base", "pwd", "resource", "termios"):
     sys.modules[module] = None
-sys.modules["trio"] = None  # selenium's; httpcore would import it, which runs a program on Linux
+sys.modules["trio"] = None  # selenium installs it; httpcore would import it, which needs POSIX
 for module, names in {
     select: ["poll", "epoll", "POLLHUP", "POLLERR", "POLLRDHUP", "POLLIN", "POLLOUT"],
     signal: ["SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGALRM"],
@@ -39,18 +38,18 @@ socket.__all__ = [name for name in socket.__all__ if hasattr(socket, name)]
 from gateway.commands import main
 main(["serve", "--server", "gevent"])
 """
-#: A grace period of 4 s.
-_HASTY = """
+#: Runs the server with a grace period of 4 s.
+_SHORT_GRACE = """
 from gevent import monkey
 monkey.patch_all()
-from gateway.serving import launch as server
-server.GRACEFUL_TIMEOUT = 4
-server.serve_gevent(server.checked_settings_or_exit())
+from gateway.serving import launch
+launch.GRACEFUL_TIMEOUT = 4
+launch.serve_gevent(launch.checked_settings_or_exit())
 """
 
 
 class Scripted(Gateway):
-    """A gateway of a script's own."""
+    """A gateway that a Python script starts."""
 
     def __init__(self, folder: Path, lmstudio: str, script: str, **settings: Any) -> None:
         self.script = script
@@ -61,11 +60,11 @@ class Scripted(Gateway):
 
 
 @pytest.fixture(scope="module")
-def bare(
+def without_posix(
     shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
-    """A gateway without POSIX."""
-    folder = tmp_path_factory.mktemp("bare")
+    """A gateway on a system without POSIX."""
+    folder = tmp_path_factory.mktemp("without-posix")
     gateway = Scripted(folder, shared_simulator.url, _WITHOUT_POSIX, GEVENT_LOOP="libuv")
     yield gateway
     gateway.stop()
@@ -75,29 +74,31 @@ def bare(
 # Without POSIX
 
 
-def test_a_model_is_loaded_and_answers_without_posix(
-    bare: Gateway, simulator: Simulator, listen: Callable[..., Any]
+def test_a_model_loads_and_chats_without_posix(
+    without_posix: Gateway, simulator: Simulator, listen: Callable[..., Any]
 ) -> None:
-    reader = listen(bare)
-    loaded = bare.post("/admin/models/load", {"modelKey": MODEL})
+    reader = listen(without_posix)
+    loaded = without_posix.post("/admin/models/load", {"modelKey": MODEL})
     assert loaded.status_code == 200, loaded.text
     body = {"messages": [{"role": "user", "content": "count to 3"}]}
-    assert "1 2 3 " in bare.post("/v1/chat/completions", body).text
-    with bare.post("/v1/chat/completions", {**body, "stream": True}, stream=True) as stream:
+    assert "1 2 3 " in without_posix.post("/v1/chat/completions", body).text
+    with without_posix.post(
+        "/v1/chat/completions", {**body, "stream": True}, stream=True
+    ) as stream:
         assert b"[DONE]" in stream.content
     reader.until("inference_complete", 2)
     assert reader.of("model_load_complete")
-    assert bare.get("/debug/metrics").json()["system"]["memoryUsage"] == {"rss": None}
-    assert bare.get("/debug/status").json()["inFlight"] == []
-    assert bare.get("/metrics").status_code == 200
-    assert bare.get("/health").json()["status"] == "ok"
+    assert without_posix.get("/debug/metrics").json()["system"]["memoryUsage"] == {"rss": None}
+    assert without_posix.get("/debug/status").json()["inFlight"] == []
+    assert without_posix.get("/metrics").status_code == 200
+    assert without_posix.get("/health").json()["status"] == "ok"
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_exchange_without_posix(
-    bare: Gateway, simulator: Simulator, stream: bool
+def test_a_client_that_disconnects_ends_its_exchange_without_posix(
+    without_posix: Gateway, simulator: Simulator, stream: bool
 ) -> None:
-    client = connect(bare.port)
+    client = connect(without_posix.port)
     client.sendall(chat(stream, {"X-Simulator-Prefill-Ms": "60000"}))
     eventually(running(simulator))
     left = time.time()
@@ -105,51 +106,51 @@ def test_a_client_that_leaves_ends_its_exchange_without_posix(
     assert_cancelled(simulator, left)
 
 
-def test_a_unix_socket_is_refused_in_words_without_posix(tmp_path: Path) -> None:
+def test_a_unix_socket_is_a_clear_error_without_posix(tmp_path: Path) -> None:
     environ = {"PYTHONPATH": str(ROOT), "GATEWAY_HOST": f"unix:{tmp_path}/s"}
     environ["STATE_URL"] = f"sqlite:///{tmp_path}/state.db"
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", _WITHOUT_POSIX],
         env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
+    assert completed.returncode == 1
+    (line,) = completed.stderr.splitlines()
     assert line.startswith("GATEWAY_HOST: ")
 
 
-# The end
+# Shutting down
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stream_beyond_the_grace_period_is_told_so(
+def test_a_stream_that_outlasts_the_grace_period_gets_an_error_event(
     simulator: Simulator, tmp_path: Path, number: signal.Signals
 ) -> None:
-    gateway = Scripted(tmp_path, simulator.url, _HASTY)
+    gateway = Scripted(tmp_path, simulator.url, _SHORT_GRACE)
     with connect(gateway.port) as client:
         client.settimeout(30)
         client.sendall(chat(True, {"X-Simulator-Pace-Ms": "50"}))
         read_until(client, b'"content":"2 "')
         gateway.process.send_signal(number)
-        told = read_until(client, b'data: {"error"')
-        assert b"[DONE]" not in told
+        received = read_until(client, b'data: {"error"')
+        assert b"[DONE]" not in received
     assert gateway.process.wait(20) == 0
 
 
-def test_an_idle_connection_is_closed_at_the_end(simulator: Simulator, tmp_path: Path) -> None:
+def test_an_idle_connection_is_closed_on_shutdown(simulator: Simulator, tmp_path: Path) -> None:
     gateway = Gateway(tmp_path, simulator.url, "gevent")
     assert gateway.get("/health").status_code == 200
-    with socket.create_connection(("127.0.0.1", gateway.port), 20) as never_asked:
+    with socket.create_connection(("127.0.0.1", gateway.port), 20) as idle:
         gateway.process.send_signal(signal.SIGTERM)
-        assert never_asked.recv(1) == b""
+        assert idle.recv(1) == b""
     assert gateway.process.wait(20) == 0
 
 
-def test_a_unix_socket_is_taken_over_and_goes_with_the_server(
+def test_a_stale_unix_socket_is_replaced_and_removed_on_shutdown(
     simulator: Simulator, tmp_path: Path
 ) -> None:
     path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
     gateway = Gateway(tmp_path / "g", simulator.url, "gevent", GATEWAY_HOST=f"unix:{path}")
     gateway.stop()
     assert not path.exists()

@@ -1,6 +1,6 @@
-"""deploy/nginx.conf as it is, but for its addresses, in a real nginx in front of a real gateway.
+"""deploy/nginx.conf, unchanged except for its addresses, in a real nginx before a real gateway.
 
-The gateway lets in 127.0.0.2 only, which is not nginx's own address; so clients connect from there.
+The gateway admits only 127.0.0.2, which is not nginx's own address; clients connect from there.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tests.processes import Gateway, Simulator, eventually, free_port
 MODEL = "qwen2-1.5b-instruct"
 CHAT = "/v1/chat/completions"
 ALLOWED, OTHER = "127.0.0.2", "127.0.0.3"
-#: How nginx reaches the gateway, and what TRUSTED_PROXIES goes with it.
+#: How nginx reaches the gateway, and the TRUSTED_PROXIES that it needs.
 TRUSTED = {"tcp": "127.0.0.1", "unix": "unix"}
 
 
 @pytest.fixture(scope="module", params=TRUSTED)
 def gateway(request: pytest.FixtureRequest, shared_simulator: Simulator) -> Iterator[Gateway]:
-    # a Unix socket's path has to be short: pytest's folders are not
+    # the path of a Unix socket must be short, which pytest's folders are not
     with tempfile.TemporaryDirectory() as folder:
         host = f"unix:{folder}/gateway.sock" if request.param == "unix" else "127.0.0.1"
         gateway = Gateway(
@@ -60,9 +60,9 @@ def start(gateway: Gateway, **options: Any) -> Nginx:
 
 
 class Client(HTTPConnection):
-    """A client of nginx with an address of its own."""
+    """A client of nginx with its own address."""
 
-    answer: HTTPResponse | None = None
+    response: HTTPResponse | None = None
 
     def __init__(self, nginx: Nginx, address: str = ALLOWED) -> None:
         super().__init__("127.0.0.1", nginx.port, timeout=60, source_address=(address, 0))
@@ -71,14 +71,14 @@ class Client(HTTPConnection):
         content = None if body is None else json.dumps(body)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.request("GET" if body is None else "POST", path, content, named)
-        # kept: it may have taken the socket over
-        self.answer = self.getresponse()
-        return self.answer
+        # kept, because it may own the socket by now
+        self.response = self.getresponse()
+        return self.response
 
     def close(self) -> None:
         super().close()
-        if self.answer is not None:
-            self.answer.close()
+        if self.response is not None:
+            self.response.close()
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def chat(count: int, stream: bool) -> dict[str, Any]:
 
 
 def directives(nginx: Nginx) -> dict[str, str]:
-    """The directives of deploy/nginx.conf as nginx has read them; of several, the last one."""
+    """The directives of deploy/nginx.conf, as nginx parsed them; of repeated ones, the last."""
     site = nginx.configuration().partition("site.conf:")[2]
     return dict(re.findall(r"^\s*(\w+) +(.*);$", site, re.MULTILINE))
 
@@ -109,29 +109,29 @@ def test_the_limits_agree_with_the_gateways_own(nginx: Nginx) -> None:
     assert found["client_max_body_size"] == f"{int(largest) // 2**20}m"
     assert int(largest) % 2**20 == 0
     assert f"MAX_BODY_BYTES: {largest}\n" in (nginx.folder / "site.conf").read_text()
-    # nginx' own limit for idle connections to the gateway, which is not changed
+    # nginx's default limit of 60 s for idle connections to the gateway stays in place
     assert "keepalive_timeout" not in found
     assert KEEP_ALIVE > 60
-    # the longest silences that are right: a plain load of a large model from a slow disk
+    # the longest legitimate silence: a plain load of a large model from a slow disk
     assert seconds(found["proxy_read_timeout"]) >= 1800
     assert seconds(found["proxy_send_timeout"]) >= 1800
 
 
-def test_a_token_is_there_before_the_next_one_is_made(client: Client) -> None:
-    answer = client.ask(CHAT, chat(5, True), X_Simulator_Pace_Ms="60000")
+def test_a_token_arrives_before_the_next_one_is_generated(client: Client) -> None:
+    response = client.ask(CHAT, chat(5, True), X_Simulator_Pace_Ms="60000")
     received = b""
     while b'"content":"1 "' not in received:
-        piece = answer.read1(65536)
+        piece = response.read1(65536)
         assert piece
         received += piece
     assert b'"content":"2 "' not in received
 
 
-def test_a_stream_comes_whole(client: Client) -> None:
+def test_a_stream_arrives_complete(client: Client) -> None:
     assert client.ask(CHAT, chat(5, True)).read().endswith(b"data: [DONE]\n\n")
 
 
-def test_the_event_stream_comes_as_it_happens(client: Client, nginx: Nginx) -> None:
+def test_events_arrive_as_they_happen(client: Client, nginx: Nginx) -> None:
     events = client.ask("/debug/stream")
     assert b"retry: 3000" in events.readline()
     other = Client(nginx)
@@ -142,8 +142,8 @@ def test_the_event_stream_comes_as_it_happens(client: Client, nginx: Nginx) -> N
     assert MODEL.encode() in events.readline()
 
 
-def test_an_upload_is_not_kept_back(client: Client, simulator: Simulator) -> None:
-    """LM Studio sees the request while the client still sends its body."""
+def test_an_upload_is_not_buffered(client: Client, simulator: Simulator) -> None:
+    """LM Studio receives the request while the client is still sending its body."""
     client.putrequest("POST", "/v1/audio/transcriptions")
     client.putheader("Content-Type", "multipart/form-data; boundary=x")
     client.putheader("Content-Length", "1000000")
@@ -152,30 +152,32 @@ def test_an_upload_is_not_kept_back(client: Client, simulator: Simulator) -> Non
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["events", "plain"])
-def test_a_long_load_is_cut_by_nothing_but_the_read_timeout(
+def test_only_the_read_timeout_cuts_a_long_load(
     gateway: Gateway, nginx: Nginx, simulator: Simulator, stream: bool
 ) -> None:
-    """A load of 2.5 s is as much longer than a read timeout of 1 s as one of 150 s is than nginx'
-    usual 60 s: with the former it is cut if it is silent, with the file's own it is not.
-    (``python -m tests.soak.longload`` takes the real time.)"""
+    """A silent load of 2.5 s is cut by a read timeout of 1 s, and not by the one in the file.
+
+    The ratio is that of a load of 150 s and nginx's default of 60 s, with which
+    ``python -m tests.soak.longload`` tests.
+    """
     simulator.faults(load_ms=2500)
     accept = "text/event-stream" if stream else "*/*"
-    hasty = start(gateway, changes={"proxy_read_timeout 1h;": "proxy_read_timeout 1s;"})
+    short_timeout = start(gateway, changes={"proxy_read_timeout 1h;": "proxy_read_timeout 1s;"})
     try:
-        for front, cut in ((hasty, not stream), (nginx, False)):
+        for front, cut in ((short_timeout, not stream), (nginx, False)):
             client = Client(front)
-            answer = client.ask("/admin/models/load", {"modelKey": MODEL}, Accept=accept)
-            told = answer.read()
+            response = client.ask("/admin/models/load", {"modelKey": MODEL}, Accept=accept)
+            content = response.read()
             client.close()
-            assert answer.status == (504 if cut else 200), told
-            assert cut or b'"status":"loaded"' in told.replace(b": ", b":")
+            assert response.status == (504 if cut else 200), content
+            assert cut or b'"status":"loaded"' in content.replace(b": ", b":")
             if cut:
                 eventually(lambda: simulator.state()["loads"][-1]["outcome"] == "cancelled")
     finally:
-        hasty.stop()
+        short_timeout.stop()
 
 
-def test_the_allowlist_is_about_the_real_client(nginx: Nginx, simulator: Simulator) -> None:
+def test_the_allowlist_applies_to_the_real_client(nginx: Nginx, simulator: Simulator) -> None:
     forgeries: list[dict[str, str]] = [
         {},
         {"X_Forwarded_For": ALLOWED},
@@ -187,19 +189,21 @@ def test_the_allowlist_is_about_the_real_client(nginx: Nginx, simulator: Simulat
     for address, status in ((ALLOWED, 200), (OTHER, 403)):
         for forged in forgeries:
             client = Client(nginx, address)
-            answer = client.ask("/v1/models", **forged)
-            assert answer.status == status, (address, forged, answer.read())
+            response = client.ask("/v1/models", **forged)
+            assert response.status == status, (address, forged, response.read())
             client.close()
 
 
-def test_lmstudio_is_told_the_real_client(client: Client, simulator: Simulator) -> None:
+def test_lm_studio_receives_the_address_of_the_real_client(
+    client: Client, simulator: Simulator
+) -> None:
     client.ask("/v1/models").read()
-    told = dict(simulator.last_request()["headers"])
-    assert ALLOWED in told["X-Forwarded-For"]
-    assert told["X-Forwarded-Proto"] == "http"
+    headers = dict(simulator.last_request()["headers"])
+    assert ALLOWED in headers["X-Forwarded-For"]
+    assert headers["X-Forwarded-Proto"] == "http"
 
 
-def test_connections_to_the_gateway_are_kept(gateway: Gateway, nginx: Nginx) -> None:
+def test_connections_to_the_gateway_are_reused(gateway: Gateway, nginx: Nginx) -> None:
     def opened() -> set[Any]:
         (worker,) = map(psutil.Process, gateway.workers())
         kind = "unix" if gateway.unix else "tcp"
@@ -221,14 +225,16 @@ def test_connections_to_the_gateway_are_kept(gateway: Gateway, nginx: Nginx) -> 
     assert opened() == before
 
 
-def test_a_body_of_a_length_that_nobody_takes_is_refused(client: Client) -> None:
+def test_a_body_that_is_too_large_is_rejected(client: Client) -> None:
     client.putrequest("POST", CHAT)
     client.putheader("Content-Length", str(64 * 2**20 + 1))
     client.endheaders()
     assert client.getresponse().status == 413
 
 
-def test_its_tls_lines_serve_https(gateway: Gateway, simulator: Simulator, tmp_path: Path) -> None:
+def test_the_tls_lines_of_the_file_serve_https(
+    gateway: Gateway, simulator: Simulator, tmp_path: Path
+) -> None:
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1")
     issued.cert_chain_pems[0].write_to_path(tmp_path / "crt")

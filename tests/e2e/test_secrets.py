@@ -1,4 +1,4 @@
-"""A whole run with every kind of key and a marked prompt; afterwards everything is searched."""
+"""A run with every kind of key and a marked prompt, whose every trace is searched for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ADMIN, WRONG = "admin-secret-2c3d4e5f6a7b", "wrong-secret-3d4e5f6a7b8c"
 TOKEN = "sk-lm-AbCdEfGh:AbCdEfGhIjKlMnOpQrSt"
 KEYS = [NAMED, PLAIN, ADMIN, WRONG, TOKEN]
 PROMPT = "zebra-prompt-marker-7788"
-#: What the simulator answers to every question without a number in it.
+#: The simulator's completion of every prompt without a number.
 COMPLETION = "LM Studio simulator speaking"
 MODEL = "qwen2-1.5b-instruct"
 ENDPOINTS: dict[str, dict[str, Any]] = {
@@ -33,11 +33,11 @@ FAULTS = ["", "refuse-500", "error-string-500", "status-429", "close-before-head
 
 @dataclass
 class Run:
-    """What a run left behind. ``ours`` is what the gateway itself says: texts by their origin."""
+    """The traces of a run. ``own`` has the texts that the gateway itself writes, by origin."""
 
-    ours: dict[str, str] = field(default_factory=dict)
+    own: dict[str, str] = field(default_factory=dict)
     upstream: list[dict[str, Any]] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)
+    responses: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module", params=["text", "json"])
@@ -54,30 +54,30 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         MAX_BODY_BYTES=100_000,
     )
     try:
-        yield _play(gateway, simulator)
+        yield _traces(gateway, simulator)
     finally:
         gateway.stop()
         simulator.stop()
 
 
-def _play(gateway: Gateway, simulator: Simulator) -> Run:
+def _traces(gateway: Gateway, simulator: Simulator) -> Run:
     found = Run()
-    found.ours["events"] = ""
+    found.own["events"] = ""
     threading.Thread(target=_listen, args=(gateway, found), daemon=True).start()
-    eventually(lambda: "connected" in found.ours["events"], 30)
-    _ask_everything(gateway, found)
+    eventually(lambda: "connected" in found.own["events"], 30)
+    _send_everything(gateway, found)
     _administer(gateway, found)
     admin = {"X-API-Key": ADMIN}
     for path in ("/debug/status", "/debug/metrics", "/metrics", "/health", "/admin/models"):
-        found.ours[path] = gateway.get(path, headers=admin).text
-    eventually(lambda: found.ours["events"].count("event: inference_complete") > 20, 30)
-    eventually(lambda: "event: model_load_complete" in found.ours["events"], 30)
+        found.own[path] = gateway.get(path, headers=admin).text
+    eventually(lambda: found.own["events"].count("event: inference_complete") > 20, 30)
+    eventually(lambda: "event: model_load_complete" in found.own["events"], 30)
     for pid in (gateway.process.pid, *gateway.workers()):
-        found.ours[f"command line of {pid}"] = Path(f"/proc/{pid}/cmdline").read_text()
+        found.own[f"command line of {pid}"] = Path(f"/proc/{pid}/cmdline").read_text()
     found.upstream = simulator.requests()
     gateway.stop()
-    found.ours["log"] = gateway.logged()
-    found.ours["state"] = "".join(
+    found.own["log"] = gateway.logged()
+    found.own["state"] = "".join(
         path.read_bytes().decode("latin-1") for path in gateway.folder.glob("state.db*")
     )
     return found
@@ -85,23 +85,23 @@ def _play(gateway: Gateway, simulator: Simulator) -> Run:
 
 def _listen(gateway: Gateway, found: Run) -> None:
     headers = {"Authorization": f"Bearer {ADMIN}"}
-    with gateway.http.get(gateway.url + "/debug/stream", headers=headers, stream=True) as answer:
+    with gateway.http.get(gateway.url + "/debug/stream", headers=headers, stream=True) as response:
         try:
-            for piece in answer.iter_content(None):
-                found.ours["events"] += piece.decode()
+            for piece in response.iter_content(None):
+                found.own["events"] += piece.decode()
         except (OSError, ValueError):
             return
 
 
 def _send(gateway: Gateway, found: Run, method: str, path: str, **options: Any) -> None:
     try:
-        answer = gateway.http.request(method, gateway.url + path, timeout=60, **options)
+        response = gateway.http.request(method, gateway.url + path, timeout=60, **options)
     except OSError:
-        return  # a broken answer, as some faults make it
-    found.answers.append(f"{answer.status_code} {answer.headers} {answer.text}")
+        return  # some faults break the response
+    found.responses.append(f"{response.status_code} {response.headers} {response.text}")
 
 
-def _ask_everything(gateway: Gateway, found: Run) -> None:
+def _send_everything(gateway: Gateway, found: Run) -> None:
     for path, content in ENDPOINTS.items():
         for number, fault in enumerate(FAULTS):
             headers = {"Authorization": f"Bearer {(NAMED, PLAIN)[number % 2]}"}
@@ -112,8 +112,8 @@ def _ask_everything(gateway: Gateway, found: Run) -> None:
         for key in (WRONG, ""):
             headers = {"Authorization": f"Bearer {key}", "X-API-Key": key}
             _send(gateway, found, "POST", path, json=content, headers=headers)
-        for spoiled in (f'{{"prompt": "{PROMPT}", ', f'["{PROMPT}"]', f'"{PROMPT * 9000}"'):
-            _send(gateway, found, "POST", path, data=spoiled, headers={"X-API-Key": PLAIN})
+        for corrupted in (f'{{"prompt": "{PROMPT}", ', f'["{PROMPT}"]', f'"{PROMPT * 9000}"'):
+            _send(gateway, found, "POST", path, data=corrupted, headers={"X-API-Key": PLAIN})
     query = f"/v1/models?api_key={NAMED}&token={ADMIN}"
     _send(gateway, found, "GET", query, headers={"Cookie": f"key={PLAIN}"})
     _send(gateway, found, "GET", "/v1/models", headers={"Authorization": f"Basic {NAMED}"})
@@ -135,40 +135,40 @@ def _administer(gateway: Gateway, found: Run) -> None:
         _send(gateway, found, "GET", "/api/v0/models", headers=headers)
 
 
-def test_the_run_was_a_whole_one(run: Run) -> None:
-    statuses = {answer[:3] for answer in run.answers}
+def test_the_run_covers_every_kind_of_response(run: Run) -> None:
+    statuses = {response[:3] for response in run.responses}
     assert {"200", "400", "401", "403", "404", "413", "429", "500", "502"} <= statuses
-    assert any(COMPLETION in answer for answer in run.answers)
+    assert any(COMPLETION in response for response in run.responses)
     assert any(PROMPT.encode() in one["body"] for one in run.upstream)
-    assert "model_load_complete" in run.ours["events"]
-    assert len([name for name in run.ours if name.startswith("command line")]) == 3
+    assert "model_load_complete" in run.own["events"]
+    assert len([name for name in run.own if name.startswith("command line")]) == 3
 
 
 @pytest.mark.parametrize("secret", [*KEYS, PROMPT, COMPLETION])
-def test_nothing_of_the_gateways_own_tells_a_secret(run: Run, secret: str) -> None:
-    for origin, text in run.ours.items():
+def test_nothing_that_the_gateway_writes_contains_a_secret(run: Run, secret: str) -> None:
+    for origin, text in run.own.items():
         at = text.find(secret)
         assert at < 0, f"{origin}: {text[max(0, at - 300) : at + 100]}"
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_no_answer_holds_a_key(run: Run, key: str) -> None:
-    for answer in run.answers:
-        assert key not in answer
+def test_no_response_contains_a_key(run: Run, key: str) -> None:
+    for response in run.responses:
+        assert key not in response
 
 
-def test_no_error_answer_repeats_the_prompt(run: Run) -> None:
-    for answer in run.answers:
-        assert answer.startswith("200") or PROMPT not in answer
+def test_no_error_repeats_the_prompt(run: Run) -> None:
+    for response in run.responses:
+        assert response.startswith("200") or PROMPT not in response
 
 
-def test_upstream_gets_lm_studios_token_and_no_other_key(run: Run) -> None:
-    asked = [one for one in run.upstream if one["target"] != "/lmstudio-greeting"]
-    assert asked
-    for one in asked:
+def test_lm_studio_receives_its_token_and_no_other_key(run: Run) -> None:
+    requests = [one for one in run.upstream if one["target"] != "/lmstudio-greeting"]
+    assert requests
+    for one in requests:
         headers = {name.lower(): value for name, value in one["headers"]}
         if headers.get("upgrade") is None:
             assert headers["authorization"] == f"Bearer {TOKEN}"
-        told = json.dumps([one["headers"], one["target"]]) + one["body"].decode("latin-1")
+        received = json.dumps([one["headers"], one["target"]]) + one["body"].decode("latin-1")
         for key in (NAMED, PLAIN, ADMIN, WRONG):
-            assert key not in told, told
+            assert key not in received, received

@@ -1,4 +1,4 @@
-"""deploy/lmstudio-gateway.service: what systemd says of it, and what it takes for granted of us."""
+"""deploy/lmstudio-gateway.service: systemd accepts it, and the gateway fits it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.processes import Gateway, Simulator
 
 UNIT = Path(__file__).parents[2] / "deploy" / "lmstudio-gateway.service"
 INSTALLED = "/opt/lmstudio-gateway/bin/lmstudio-gateway"
-#: Exposure by systemd's own reckoning, times 10, of 100; below is better.
-MOST_EXPOSED = 20
-#: prctl's PR_SET_MDWE, which is what MemoryDenyWriteExecute= means on new kernels.
+#: The highest acceptable exposure on the scale of systemd-analyze, times 10 (0 to 100).
+MAX_EXPOSURE = 20
+#: Sets PR_SET_MDWE with prctl(2), as systemd does for MemoryDenyWriteExecute= on new kernels.
 _DENY = "import ctypes; denied = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0"
 
 
@@ -32,13 +32,13 @@ def values(name: str) -> list[str]:
 
 @pytest.fixture
 def analyze(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """systemd-analyze of the unit, with the program where it is here."""
+    """Runs systemd-analyze on the unit, with the path of the installed program."""
     program = require("systemd-analyze")
-    here = shutil.which("lmstudio-gateway", path=f"{Path(sys.executable).parent}:{os.defpath}")
+    installed = shutil.which("lmstudio-gateway", path=f"{Path(sys.executable).parent}:{os.defpath}")
     text = UNIT.read_text()
     assert text.count(f"ExecStart={INSTALLED} ") == 1
     unit = tmp_path / UNIT.name
-    unit.write_text(text.replace(f"ExecStart={INSTALLED} ", f"ExecStart={here} "))
+    unit.write_text(text.replace(f"ExecStart={INSTALLED} ", f"ExecStart={installed} "))
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [program, *arguments, str(unit)]
@@ -47,31 +47,31 @@ def analyze(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_systemd_finds_no_fault(analyze: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_systemd_accepts_the_unit(analyze: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = analyze("verify", "--man=no")
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_it_is_little_exposed(analyze: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = analyze("security", "--offline=true", f"--threshold={MOST_EXPOSED}", "--no-pager")
+def test_its_exposure_is_low(analyze: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = analyze("security", "--offline=true", f"--threshold={MAX_EXPOSURE}", "--no-pager")
     if "unrecognized option" in done.stderr:
         pytest.skip("this systemd-analyze is older than 250")
     assert done.returncode == 0, done.stdout
 
 
-def test_it_gives_streams_the_time_that_the_gateway_does() -> None:
+def test_its_stop_timeout_covers_the_grace_period() -> None:
     (limit,) = values("TimeoutStopSec")
     assert GRACEFUL_TIMEOUT + 5 <= int(limit) <= GRACEFUL_TIMEOUT + 30
     assert values("KillMode") == ["mixed"]
 
 
-def test_it_names_real_settings() -> None:
+def test_it_uses_existing_settings() -> None:
     known = {setting.variable for setting in TABLE}
     assert {value.partition("=")[0] for value in values("Environment")} <= known
     assert set(re.findall(r"\b([A-Z]+(?:_[A-Z]+)+)=", UNIT.read_text())) <= known
 
 
-def test_gunicorn_says_when_it_listens(simulator: Simulator, tmp_path: Path) -> None:
+def test_gunicorn_notifies_systemd_once_it_listens(simulator: Simulator, tmp_path: Path) -> None:
     """``Type=notify``"""
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -85,7 +85,7 @@ def test_gunicorn_says_when_it_listens(simulator: Simulator, tmp_path: Path) -> 
 
 
 class Denied(Gateway):
-    """A gateway that may have no memory that is both written and executed."""
+    """A gateway that must not have memory that is both writable and executable."""
 
     def command(self) -> list[str]:
         script = (
@@ -94,13 +94,13 @@ class Denied(Gateway):
         return [sys.executable, "-c", script, *super().command()[1:]]
 
 
-def test_it_runs_without_memory_that_is_written_and_executed(
+def test_it_runs_without_memory_that_is_writable_and_executable(
     simulator: Simulator, tmp_path: Path
 ) -> None:
     """``MemoryDenyWriteExecute``"""
-    asked = [sys.executable, "-c", f"{_DENY}; raise SystemExit(not denied)"]
-    if subprocess.run(asked, check=False).returncode:
-        pytest.skip("this kernel does not know PR_SET_MDWE")
+    command = [sys.executable, "-c", f"{_DENY}; raise SystemExit(not denied)"]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("this kernel lacks PR_SET_MDWE")
     gateway = Denied(tmp_path, simulator.url, WEB_CONCURRENCY=1)
     try:
         model = {"modelKey": "qwen2-1.5b-instruct"}
