@@ -58,7 +58,7 @@ class Nginx:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "error.log"
-        # run by root, nginx's workers would be nobody's, who can't read the folder
+        # started by root, nginx's workers would run as nobody, who can't read the folder
         user = "user root root;" if os.geteuid() == 0 else ""
         (folder / "nginx.conf").write_text(_MAIN.format(user=user, folder=folder))
         addresses = {

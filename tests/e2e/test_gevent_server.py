@@ -101,9 +101,9 @@ def test_a_client_that_disconnects_ends_its_exchange_without_posix(
     client = connect(without_posix.port)
     client.sendall(chat(stream, {"X-Simulator-Prefill-Ms": "60000"}))
     eventually(running(simulator))
-    left = time.time()
+    disconnected = time.time()
     client.close()
-    assert_cancelled(simulator, left)
+    assert_cancelled(simulator, disconnected)
 
 
 def test_a_unix_socket_is_a_clear_error_without_posix(tmp_path: Path) -> None:

@@ -30,8 +30,6 @@ from tests.faults.harness import (
 )
 from tests.processes import Gateway, Simulator, eventually
 
-ACTIVATE = "/admin/models/activate"
-
 
 def reload_under_load(
     folder: Path, simulator: Simulator, clients: int = 64, requests: int = 5000
@@ -172,47 +170,59 @@ _BROKEN_STATES: dict[str, tuple[str, Callable[[Path], Any]]] = {
 def state(folder: Path, simulator: Simulator, how: str) -> Row:
     """A worker dies while the state can't be written (see ``_BROKEN_STATES``)."""
     fault, breakable = _BROKEN_STATES[how]
-    health = {"method": "GET", "path": "/health"}
-
-    def activate(**defaults: Any) -> tuple[int, Any]:
-        body = {"modelKey": MODEL, "defaultInference": defaults}
-        return ask(gateway.port, path=ACTIVATE, body=body)
-
     with breakable(folder / "state") as change:
         (folder / "state").mkdir(exist_ok=True, parents=True)
         url = f"sqlite:///{folder}/state/state.db"
         gateway = Gateway(folder / "gateway", simulator.url, STATE_URL=url)
-        (victim, other), problems = gateway.workers(), []
         try:
-            if activate()[0] != 200:
-                problems.append("an activation failed before the fault")
+            before = _activate(gateway)[0]
+            problems = [] if before == 200 else ["an activation failed before the fault"]
             change(how)
-            if not serves(gateway.port):
-                problems.append("inference failed")
-            with ThreadPoolExecutor(3) as pool:
-                responses = list(pool.map(lambda _: activate(**_LARGE), range(3)))
-            problems += [f"an activation got {one}" for one in responses if not _failed(one)]
-            eventually(lambda: ask(gateway.port, **health)[1]["status"] == "degraded", 30)
-            os.kill(victim, signal.SIGKILL)
-            eventually(lambda: _has_two_workers(gateway, victim) and serves(gateway.port), 60)
-            statuses = {ask(gateway.port, body=_WITHOUT_MODEL)[0] for _ in range(20)}
-            if statuses != {200}:
-                problems.append(f"inference with the active model got {statuses}")
-            if other not in gateway.workers():
-                problems.append("a worker was restarted")
+            responses = _use_broken_state(gateway, problems)
             if how == "readonly":  # the disk can't be repaired while it is in use
                 gateway.stop()
             change("repaired")
             if how == "readonly":
                 gateway.start()
-            recovered = recovery(lambda: all(activate(**_LARGE)[0] == 200 for _ in range(8)))
-            eventually(lambda: ask(gateway.port, **health)[1]["status"] == "ok", 30)
+            recovered = recovery(
+                lambda: all(_activate(gateway, **_LARGE)[0] == 200 for _ in range(8))
+            )
+            eventually(lambda: _health(gateway) == "ok", 30)
             problems += tracebacks(gateway)
         finally:
             gateway.stop()
     failed = sum(map(_failed, responses))
     lost = f"no inference; {failed} of {len(responses)} activations (503)"
     return Row(fault, lost, "by a restart" if how == "readonly" else recovered, problems)
+
+
+def _use_broken_state(gateway: Gateway, problems: list[str]) -> list[tuple[int, Any]]:
+    """Infer, activate and kill a worker; returns the responses to the activations."""
+    victim, other = gateway.workers()
+    if not serves(gateway.port):
+        problems.append("inference failed")
+    with ThreadPoolExecutor(3) as pool:
+        responses = list(pool.map(lambda _: _activate(gateway, **_LARGE), range(3)))
+    problems += [f"an activation got {one}" for one in responses if not _failed(one)]
+    eventually(lambda: _health(gateway) == "degraded", 30)
+    os.kill(victim, signal.SIGKILL)
+    eventually(lambda: _has_two_workers(gateway, victim) and serves(gateway.port), 60)
+    statuses = {ask(gateway.port, body=_WITHOUT_MODEL)[0] for _ in range(20)}
+    if statuses != {200}:
+        problems.append(f"inference with the active model got {statuses}")
+    if other not in gateway.workers():
+        problems.append("a worker was restarted")
+    return responses
+
+
+def _activate(gateway: Gateway, **defaults: Any) -> tuple[int, Any]:
+    body = {"modelKey": MODEL, "defaultInference": defaults}
+    return ask(gateway.port, path="/admin/models/activate", body=body)
+
+
+def _health(gateway: Gateway) -> Any:
+    """The status that /health reports."""
+    return ask(gateway.port, method="GET", path="/health")[1]["status"]
 
 
 def _failed(response: tuple[int, Any]) -> bool:

@@ -141,26 +141,26 @@ def test_the_environ_of_a_request() -> None:
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield ours, theirs
+    server, client = socket.socketpair()
+    with server, client:
+        yield server, client
 
 
 def test_the_timeout_of_a_head_is_for_the_whole_head(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    ours, theirs = pair
+    server, client = pair
     stop = threading.Event()
 
     def trickle() -> None:
         while not stop.wait(0.02):
-            theirs.sendall(b"A")
+            client.sendall(b"A")
 
     sender = threading.Thread(target=trickle)
     sender.start()
     try:
         with pytest.raises(TimeoutError):
-            RequestReader(ours).head(0.3)
+            RequestReader(server).head(0.3)
     finally:
         stop.set()
         sender.join()
@@ -169,7 +169,7 @@ def test_the_timeout_of_a_head_is_for_the_whole_head(
 def test_an_application_that_fails_gets_a_500_and_its_connection_closes(
     pair: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours, theirs = pair
+    server, client = pair
 
     def failing_application(environ: dict[str, Any], start_response: Any) -> Any:
         environ["gateway.request_id"] = "mine"
@@ -178,8 +178,10 @@ def test_an_application_that_fails_gets_a_500_and_its_connection_closes(
     environ: dict[str, Any] = {}
     parse(b"GET /v1/models HTTP/1.1", environ)
     with pytest.raises(ConnectionEnded):
-        Response(ours, environ, RequestBody(RequestReader(ours), 0), True).send(failing_application)
-    head, _, body = theirs.recv(65536).partition(b"\r\n\r\n")
+        Response(server, environ, RequestBody(RequestReader(server), 0), True).send(
+            failing_application
+        )
+    head, _, body = client.recv(65536).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 500 ")
     assert b"\r\nX-Request-Id: mine" in head
     assert b"\r\nConnection: close" in head
