@@ -31,7 +31,7 @@ UNIX = "unix"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _ADMIN_PREFIXES = ("/admin/", "/debug/", "/metrics/", "/api/")
 _ADMIN_PATHS = ("/admin", "/debug", "/metrics", "/api")
-#: The page for looking, which a browser must get before it can ask for the key.
+#: The dashboard, which a browser must get before it can ask for the key.
 DASHBOARD_PATHS = ("/debug", "/debug/")
 #: Where a key is needed only with ``REQUIRE_AUTH_FOR_HEALTH``.
 HEALTH_PATHS = ("/health", "/health/", "/health/ready")
