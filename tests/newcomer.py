@@ -195,7 +195,7 @@ def follow_readme(folder: Path) -> None:
         long = {"Hello!": "count to 1000"}
         with running(block("curl -N http://127.0.0.1:8002/v1/chat"), "data: ", edits=long):
             dashboard.see("#running > li", "/v1/chat/completions", "primary", "app")
-        dashboard.see("#recent > li", "primary", "client left")
+        dashboard.see("#recent > li", "primary", "client disconnected")
 
         step("Prometheus scrapes")
         scrape(replaced(block("scrape_configs:", "yaml").text, newcomer.table))

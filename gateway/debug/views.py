@@ -8,7 +8,7 @@ from flask import Blueprint, Response, current_app, request
 
 from gateway import sse
 from gateway.debug import performance
-from gateway.debug.page import page
+from gateway.debug.dashboard import dashboard
 from gateway.debug.status import describe
 from gateway.debug.stream import EventStream
 from gateway.errors import BadRequest
@@ -18,12 +18,12 @@ blueprint = Blueprint("debug", __name__, url_prefix="/debug")
 
 
 @blueprint.get("/")
-def dashboard() -> Response:
+def show_dashboard() -> Response:
     """The dashboard, which asks for the key itself; ``/debug`` redirects to it."""
     if not request.path.endswith("/"):
         # relative, so that a proxy's prefix stays
         return Response(status=308, headers={"Location": "debug/"})
-    content, headers = page()
+    content, headers = dashboard()
     return Response(content, headers=headers)
 
 

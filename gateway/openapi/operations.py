@@ -51,7 +51,7 @@ _TEXT: Json = {"text/plain": {"schema": {"type": "string"}}}
 #: What can be read: summary, content, errors beside those of access.
 _VIEWS: dict[str, tuple[str, Json, tuple[int, ...]]] = {
     "/admin/models": ("What is loaded, downloaded and active", json_of("Listing"), (502, 503)),
-    "/debug/": ("The page for looking", {"text/html": {}}, ()),
+    "/debug/": ("The dashboard", {"text/html": {}}, ()),
     "/debug/stream": ("Every event of every worker", _EVENTS, (400, 503)),
     "/debug/status": ("What runs now and what ran last", json_of("Status"), (503,)),
     "/debug/metrics": ("Counters and averages", json_of("Metrics"), (503,)),
