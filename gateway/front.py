@@ -93,7 +93,7 @@ class Front:
         """Log a request that is no exchange; returns the headers that every response gets."""
         request_id = environ.get(REQUEST_ID) or name_request(environ)
         if RECORDED not in environ:
-            self._log.request(_log_entry(environ, int(status[:3]), headers))
+            self._log.log_request(_log_entry(environ, int(status[:3]), headers))
         return [("X-Request-Id", request_id), *self._access.cors_headers(environ)]
 
 

@@ -62,6 +62,6 @@ def _state(parts: Any) -> dict[str, Any]:
             parts.store.ping()
     except GatewayError as error:
         return {"connected": False, "error": error.message}
-    if parts.events.trouble:  # it can be read, but not written
-        return {"connected": False, "error": parts.events.trouble}
+    if parts.events.store_error:  # it can be read, but not written
+        return {"connected": False, "error": parts.events.store_error}
     return {"connected": True}

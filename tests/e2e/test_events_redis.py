@@ -231,7 +231,7 @@ def test_a_redis_that_stalls_gets_no_event_twice(
     own_redis.freeze()
     ids = [ask(gateway).headers["X-Request-Id"] for _ in range(4)]
     # by then the gateway has given up its first attempt to write
-    eventually(lambda: "events wait" in gateway.logged(), 30)
+    eventually(lambda: "events wait for the store" in gateway.logged(), 30)
     own_redis.thaw()
     eventually(lambda: health(gateway) == "ok", 30)
     ids.append(ask(gateway).headers["X-Request-Id"])
