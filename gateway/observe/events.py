@@ -64,7 +64,7 @@ class EventBus:
         self._queue: deque[_Queued] = deque()
         self._wakeup = Event()
         self._dropped = 0
-        #: Operations whose end event was dropped; they must not stay in flight for ever.
+        #: Operations whose end event was dropped; they must not stay in flight forever.
         self._dropped_ends: set[str] = set()
         self._writer: gevent.Greenlet | None = None
         self._tail = Tail(store)

@@ -111,7 +111,7 @@ class RedisStore:
         self._tasks = [gevent.spawn(self._listen), gevent.spawn(self._send_heartbeats)]
 
     def active(self) -> Active | None:
-        # the first request waits until the active model is known, but only once: if Redis is away,
+        # the first request waits until the active model is known, but only once: without Redis,
         # later requests must not wait again
         if not self._active_known.is_set():
             self._active_known.wait(COMMAND_TIMEOUT)

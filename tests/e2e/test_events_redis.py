@@ -138,14 +138,14 @@ def test_one_gateway_shows_what_is_in_flight_on_the_other(pair: tuple[Gateway, G
     eventually(lambda: status(pair[1])["status"] == "idle", 20)
 
 
-@pytest.mark.parametrize("away", ["stopped", "frozen"])
+@pytest.mark.parametrize("outage", ["stopped", "frozen"])
 def test_without_redis_inference_goes_on_with_the_last_known_model_and_health_is_degraded(
-    launch: Launch, own_redis: RedisServer, simulator: Simulator, away: str
+    launch: Launch, own_redis: RedisServer, simulator: Simulator, outage: str
 ) -> None:
     gateway = launch(STATE_URL=own_redis.url)
     assert activate(gateway).status_code == 200
     assert health(gateway) == "ok"
-    if away == "stopped":
+    if outage == "stopped":
         own_redis.stop()
     else:
         own_redis.freeze()
