@@ -73,7 +73,7 @@ class Gateway:
             gevent.sleep(MAINTENANCE_INTERVAL)
             self.upstream.adapter.close_stale()
             self.reporter.report_progress()
-            if self.store.many_machines:
+            if self.store.multi_machine:
                 with suppress(GatewayError):
                     self.store.share_counters(own_counters(self.metrics))
 

@@ -94,7 +94,7 @@ class Front:
         """Log the request, unless its exchange does; return the headers that every response has."""
         request_id = request_id_of(environ)
         if RECORDED not in environ:
-            self._log.request(_log_entry(environ, int(status[:3]), headers))
+            self._log.log_request(_log_entry(environ, int(status[:3]), headers))
         return [("X-Request-Id", request_id), *self._access.cors_headers(environ)]
 
 

@@ -1,4 +1,4 @@
-"""A real redis-server that keeps nothing on disk, for the tests of the shared state."""
+"""A real redis-server without persistence, for the tests of the shared state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ START_TIMEOUT = 20.0
 
 
 class RedisServer:
-    """redis-server on a free port; :meth:`start` after :meth:`stop` gives an empty one there."""
+    """redis-server on a free port, which it keeps when it is stopped and started again."""
 
     def __init__(self, folder: Path) -> None:
         self._binary = require("redis-server")
@@ -29,28 +29,28 @@ class RedisServer:
         command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--dir", str(self._folder), "--logfile", "redis.log"]
         self.process = subprocess.Popen([*command, "--appendonly", "no", "--save", ""])
-        eventually(self._answers, START_TIMEOUT)
+        eventually(self._responds, START_TIMEOUT)
 
     def stop(self) -> None:
-        """End it; what it held is lost, unless it was saved."""
+        """Stop the server and lose its data."""
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait(20)
 
     def freeze(self) -> None:
-        """It takes connections and bytes, and answers nothing."""
+        """Make the server hang: it still accepts connections and bytes, but never responds."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
     def save_and_stop(self) -> None:
-        """End it; :meth:`start` gives one that holds the same."""
+        """Save the data to disk and stop the server; :meth:`start` loads it again."""
         with redis.Redis(port=self.port) as client:
             client.save()
         self.stop()
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         assert self.process.poll() is None, "redis-server did not start"
         with redis.Redis(port=self.port, socket_timeout=1) as client:
             try:

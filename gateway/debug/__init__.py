@@ -1,9 +1,8 @@
-"""How the gateway is observed over HTTP: dashboard, status, event stream, metrics, health.
+"""The views that show what the gateway does: dashboard, status, events, metrics and health.
 
 :mod:`.views` is the blueprint of ``/debug`` and the file to read first; :mod:`.status` and
-:mod:`.performance` compute what it shows, :mod:`.stream` follows the events, and
-:mod:`.dashboard` has the page that shows all this in a browser. :mod:`.prometheus` serves
-``/metrics`` and :mod:`.health` ``/health``.
+:mod:`.performance` compute its JSON, :mod:`.stream` is the body of its event stream, and
+:mod:`.dashboard` has the page that shows all this in a browser. :mod:`.prometheus` serves ``/metrics`` and :mod:`.health` serves ``/health``.
 
 This package only reads. It must not know how models, state or exchanges are changed.
 """

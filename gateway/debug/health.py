@@ -1,4 +1,4 @@
-"""``/health`` and ``/health/ready``: whether the gateway and LM Studio are there."""
+"""``/health`` and ``/health/ready``: whether LM Studio and the shared state respond."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from gateway.clock import timestamp
 from gateway.errors import GatewayError
 from gateway.state import StoreError
 
-#: Seconds within which LM Studio and the state must show a sign of life; the contract gives
-#: ``/health`` one second.
-SIGN_TIMEOUT = 0.7
+#: Seconds within which LM Studio and the shared state must respond. ``/health`` itself must respond
+#: within one second.
+CHECK_TIMEOUT = 0.7
 
 blueprint = Blueprint("health", __name__)
 
 
 @blueprint.get("/health")
 def health() -> dict[str, Any]:
-    """200 with ``status`` ``ok`` or ``degraded``: the gateway itself answers."""
+    """Always 200, because the gateway itself is up; ``status`` is ``ok`` or ``degraded``."""
     parts = current_app.extensions["gateway"]
-    state = gevent.spawn(_state, parts)
-    lmstudio = _lmstudio(parts)
+    state = gevent.spawn(_check_state, parts)
+    lmstudio = check_lmstudio(parts)
     state.join()
-    well = lmstudio["connected"] and state.value["connected"]
+    healthy = lmstudio["connected"] and state.value["connected"]
     return {
-        "status": "ok" if well else "degraded",
+        "status": "ok" if healthy else "degraded",
         "timestamp": timestamp(time.time()),
         "uptime": round(time.monotonic() - parts.started, 3),
         "version": version.__version__,
@@ -41,27 +41,28 @@ def health() -> dict[str, Any]:
 
 @blueprint.get("/health/ready")
 def ready() -> tuple[Any, ...]:
-    """200 when a request could be served now, else 503."""
-    lmstudio = _lmstudio(current_app.extensions["gateway"])
+    """200 if inference requests can be served now, otherwise 503."""
+    lmstudio = check_lmstudio(current_app.extensions["gateway"])
     connected = lmstudio["connected"]
-    answer = {"ready": connected, "lmstudio": lmstudio}
-    return (answer, 200) if connected else (answer, 503, {"Retry-After": "5"})
+    body = {"ready": connected, "lmstudio": lmstudio}
+    return (body, 200) if connected else (body, 503, {"Retry-After": "5"})
 
 
-def _lmstudio(parts: Any) -> dict[str, Any]:
+def check_lmstudio(parts: Any) -> dict[str, Any]:
+    """``{"connected": bool, "error"?: str}``, within CHECK_TIMEOUT seconds."""
     try:
-        parts.upstream.greet(SIGN_TIMEOUT)
+        parts.upstream.greet(CHECK_TIMEOUT)
     except GatewayError as error:
         return {"connected": False, "error": error.message}
     return {"connected": True}
 
 
-def _state(parts: Any) -> dict[str, Any]:
+def _check_state(parts: Any) -> dict[str, Any]:
     try:
-        with gevent.Timeout(SIGN_TIMEOUT, StoreError("The shared state does not answer.")):
+        with gevent.Timeout(CHECK_TIMEOUT, StoreError("The shared state does not respond.")):
             parts.store.ping()
     except GatewayError as error:
         return {"connected": False, "error": error.message}
-    if parts.events.trouble:  # it can be read, but not written
-        return {"connected": False, "error": parts.events.trouble}
+    if parts.events.store_error:  # the store responds, but rejects writes
+        return {"connected": False, "error": parts.events.store_error}
     return {"connected": True}

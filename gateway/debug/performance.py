@@ -9,23 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gateway.debug.status import active, current, running
+from gateway.debug.status import active_model, current_operation, in_flight
 from gateway.observe import total_counters
 
-#: How many of the newest exchanges averages and percentiles are of.
+#: How many of the newest exchanges the averages and percentiles cover.
 RECENT = 1000
 
 
 def describe(parts: Any) -> dict[str, Any]:
-    """The answer of ``/debug/metrics``. Raises StoreError."""
+    """The body of ``/debug/metrics``. Raises :class:`StoreError`."""
     recent = parts.store.latest("inference_complete", RECENT)
-    entries = [running(entry) for entry in parts.store.in_flight()]
     return {
-        "modelInfo": active(parts),
+        "modelInfo": active_model(parts),
         "performance": _performance(parts, recent),
         "recentActivity": {"last10Requests": recent[:10]},
         "system": _system(parts),
-        "currentOperation": current(entries),
+        "currentOperation": current_operation(in_flight(parts)),
     }
 
 
@@ -34,7 +33,7 @@ def _performance(parts: Any, recent: list[dict[str, Any]]) -> dict[str, Any]:
     times = [entry["totalTimeMs"] for entry in recent]
     requests, errors = int(sums["requests"]), int(sums["errors"])
     prompt, completion = int(sums["promptTokens"]), int(sums["completionTokens"])
-    told = int(sums["withTokens"])
+    with_tokens = int(sums["withTokens"])
     return {
         "totalRequests": requests,
         "totalErrors": errors,
@@ -49,13 +48,13 @@ def _performance(parts: Any, recent: list[dict[str, Any]]) -> dict[str, Any]:
         "avgTtftMs": _mean([e["ttftMs"] for e in recent if e["ttftMs"] is not None]),
         "avgTokensPerSec": _mean([e["tokensPerSec"] for e in recent if e["tokensPerSec"]]),
         "totalTokensProcessed": prompt + completion,
-        "requestsWithTokenData": told,
+        "requestsWithTokenData": with_tokens,
         "tokenStats": {
             "promptTokens": prompt,
             "completionTokens": completion,
             "totalTokens": prompt + completion,
-            "avgPromptTokens": round(prompt / told, 1) if told else None,
-            "avgCompletionTokens": round(completion / told, 1) if told else None,
+            "avgPromptTokens": round(prompt / with_tokens, 1) if with_tokens else None,
+            "avgCompletionTokens": round(completion / with_tokens, 1) if with_tokens else None,
         },
     }
 
@@ -73,7 +72,7 @@ def _system(parts: Any) -> dict[str, Any]:
 
 
 def _workers() -> int:
-    """The worker processes of this machine: gunicorn's children, else this process alone."""
+    """The number of worker processes: the children of gunicorn, or 1 without gunicorn."""
     try:
         parent = os.getppid()
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
@@ -83,15 +82,16 @@ def _workers() -> int:
 
 
 def _resident_bytes() -> int | None:
-    """None on Windows."""
+    """The memory of this worker in bytes; None on Windows."""
     try:
+        # a module of Unix only
         import resource
     except ImportError:
         return None
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        # the highest ever, where there is no /proc: macOS, which counts in bytes
+        # macOS has no /proc; it reports the peak, in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return pages * resource.getpagesize()
 
@@ -111,8 +111,8 @@ def _mean(values: list[float]) -> float | None:
     return round(statistics.fmean(values), 1) if values else None
 
 
-def _percentile(values: list[float], share: float) -> float | None:
+def _percentile(values: list[float], fraction: float) -> float | None:
     if not values:
         return None
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]

@@ -1,4 +1,4 @@
-"""``GET /debug/status``: what runs now and what ran last, over all workers."""
+"""``GET /debug/status``: what is in flight and what ended last, over all workers."""
 
 from __future__ import annotations
 
@@ -13,54 +13,31 @@ RECENT = 10
 
 
 def describe(parts: Any) -> dict[str, Any]:
-    """The answer of ``/debug/status``; ``status`` is ``error`` while the state can't be read."""
+    """The body of ``/debug/status``; ``status`` is ``error`` while the store is unavailable."""
     totals = _totals(parts)
     try:
-        entries = [running(entry) for entry in parts.store.in_flight()]
+        entries = in_flight(parts)
         recent = parts.store.latest("inference_complete", RECENT)
-        state = _state(entries)
     except StoreError as error:
-        entries, recent = [], []
-        return {
-            **_head("error", entries, parts),
-            "recentRequests": recent,
-            "error": error.message,
-            **totals,
-        }
-    return {**_head(state, entries, parts), "recentRequests": recent, **totals}
+        failed = {"recentRequests": [], "error": error.message}
+        return {**_current_state("error", [], parts), **failed, **totals}
+    state = _current_state(_status(entries), entries, parts)
+    return {**state, "recentRequests": recent, **totals}
 
 
-def _head(state: str, running: list[dict[str, Any]], parts: Any) -> dict[str, Any]:
-    return {
-        "status": state,
-        "currentOperation": current(running),
-        "activeModel": active(parts),
-        "inFlight": running,
-    }
+def in_flight(parts: Any) -> list[dict[str, Any]]:
+    """The operations in flight in all workers, oldest first. Raises :class:`StoreError`."""
+    return [_shown(operation) for operation in parts.store.in_flight()]
 
 
-def _state(running: list[dict[str, Any]]) -> str:
-    kinds = {entry["operation"] for entry in running}
-    if "model_load" in kinds:
-        return "loading_model"
-    return "processing_inference" if kinds else "idle"
+def current_operation(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The oldest model load in flight, otherwise the oldest exchange."""
+    loads = [entry for entry in entries if entry["operation"] == "model_load"]
+    return next(iter(loads or entries), None)
 
 
-def current(running: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The oldest load, else the oldest exchange."""
-    loads = [entry for entry in running if entry["operation"] == "model_load"]
-    return next(iter(loads or running), None)
-
-
-def running(entry: dict[str, Any]) -> dict[str, Any]:
-    """What /debug/status shows of something that runs."""
-    hidden = ("timestamp", *CLOCKS)
-    shown = {name: value for name, value in entry.items() if name not in hidden}
-    started = timestamp(entry["startedAt"])
-    return {**shown, "startedAt": started, "elapsedMs": elapsed_ms(entry)}
-
-
-def active(parts: Any) -> dict[str, Any] | None:
+def active_model(parts: Any) -> dict[str, Any] | None:
+    """The active model under its names in the API, or None."""
     active = parts.store.active()
     if active is None:
         return None
@@ -72,8 +49,30 @@ def active(parts: Any) -> dict[str, Any] | None:
     }
 
 
+def _current_state(status: str, entries: list[dict[str, Any]], parts: Any) -> dict[str, Any]:
+    return {
+        "status": status,
+        "currentOperation": current_operation(entries),
+        "activeModel": active_model(parts),
+        "inFlight": entries,
+    }
+
+
+def _status(entries: list[dict[str, Any]]) -> str:
+    operations = {entry["operation"] for entry in entries}
+    if "model_load" in operations:
+        return "loading_model"
+    return "processing_inference" if operations else "idle"
+
+
+def _shown(operation: dict[str, Any]) -> dict[str, Any]:
+    """An operation in flight as the API shows it: timestamp and elapsed time, no clock readings."""
+    hidden = ("timestamp", *CLOCKS)
+    shown = {name: value for name, value in operation.items() if name not in hidden}
+    started = timestamp(operation["startedAt"])
+    return {**shown, "startedAt": started, "elapsedMs": elapsed_ms(operation)}
+
+
 def _totals(parts: Any) -> dict[str, int]:
-    """``totalRequests`` and ``totalErrors`` of all workers and machines. Exchanges that neither
-    ended nor run in a living worker were lost with theirs: they count as errors."""
     sums = total_counters(parts.metrics, parts.store)
     return {"totalRequests": int(sums["requests"]), "totalErrors": int(sums["errors"])}

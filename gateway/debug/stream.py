@@ -11,7 +11,7 @@ from gateway.sse import KEEP_ALIVE
 
 
 class EventStream(Iterator[bytes]):
-    """A reader's stream: the frames of its subscription, and comments while nothing happens."""
+    """The frames of a subscription, and SSE comments while nothing happens."""
 
     def __init__(self, frames: Subscription, environ: dict[str, Any], metrics: Metrics) -> None:
         self._frames = frames

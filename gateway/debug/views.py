@@ -1,4 +1,4 @@
-"""The blueprint of ``/debug``: dashboard, event stream, status and averages."""
+"""The blueprint of ``/debug``: dashboard, event stream, status and metrics."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ blueprint = Blueprint("debug", __name__, url_prefix="/debug")
 
 @blueprint.get("/")
 def show_dashboard() -> Response:
-    """The dashboard, which asks for the key itself; ``/debug`` redirects to it."""
+    """The dashboard, which needs no key to load; it asks for one to fetch its data."""
     if not request.path.endswith("/"):
-        # relative, so that a proxy's prefix stays
+        # a relative URL keeps the path prefix of a proxy
         return Response(status=308, headers={"Location": "debug/"})
     content, headers = dashboard()
     return Response(content, headers=headers)
@@ -38,13 +38,13 @@ def stream() -> Response:
 
 @blueprint.get("/status")
 def status() -> dict[str, Any]:
-    """What runs now and what ran last, over all workers."""
+    """What is in flight and what ended last, over all workers."""
     return describe(current_app.extensions["gateway"])
 
 
 @blueprint.get("/metrics")
 def metrics() -> dict[str, Any]:
-    """Counters and averages as JSON; ``/metrics`` has them for Prometheus."""
+    """Counters and averages as JSON; ``/metrics`` is the counterpart for Prometheus."""
     return performance.describe(current_app.extensions["gateway"])
 
 
@@ -54,8 +54,8 @@ def _last_event_id() -> int | None:
 
 
 def _types() -> frozenset[str]:
-    asked = frozenset(name.strip() for name in request.args.get("types", "").split(",") if name)
-    unknown = asked - set(TYPES)
+    types = frozenset(name.strip() for name in request.args.get("types", "").split(",") if name)
+    unknown = types - set(TYPES)
     if unknown:
         raise BadRequest(f"Unknown event type {min(unknown)!r}. Known: {', '.join(TYPES)}.")
-    return asked
+    return types

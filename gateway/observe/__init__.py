@@ -1,11 +1,11 @@
-"""What is known about exchanges and operations, and where it is reported.
+"""Collects what happens in the gateway and reports it: metrics, events and the access log.
 
 A :class:`Record` collects the facts of one exchange; :mod:`.reporting` reports it to metrics,
-events and the access log, and is the file to read first. :mod:`.events` publishes to the
-shared event log, :mod:`.readers` serves those who follow it, :mod:`.counters` adds up workers and
-machines.
+events and the access log, and is the file to read first. :mod:`.events` publishes to the shared
+event log, :mod:`.readers` streams it to clients, and :mod:`.counters` adds up the counters of all
+workers and machines.
 
-This package must not know about Flask, about the requests themselves or about LM Studio.
+This package must not know about Flask, about the content of requests or about LM Studio.
 """
 
 from gateway.observe.access_log import AccessLog

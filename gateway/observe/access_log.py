@@ -1,7 +1,7 @@
 """The access log: one line per request.
 
-A request only appends to a queue in memory; a greenlet of the worker formats and writes the lines,
-so that a slow log delays no request.
+A request only appends to a queue in memory; one greenlet per worker formats and writes the lines,
+so a slow log never delays a request.
 """
 
 from __future__ import annotations
@@ -19,68 +19,75 @@ from gevent.event import Event
 from gateway.clock import timestamp
 from gateway.observe.record import Record, milliseconds
 
-#: Lines that wait to be written; beyond that the oldest are dropped.
+#: Lines queued for writing; beyond that the oldest are dropped.
 MAX_LINES = 50_000
-#: Seconds in which lines are collected for one write.
+#: Seconds for which lines are collected before they are written together.
 COLLECT_SECONDS = 0.05
 
-_HARMLESS = re.compile(r"[\x21\x23-\x7e]+")
+#: Visible ASCII without the double quote.
+_NEEDS_NO_QUOTES = re.compile(r"[\x21\x23-\x7e]+")
 
 
 class AccessLog:
-    """One line a request, in ``LOG_FORMAT``, at ``LOG_LEVEL`` info and below. No prompt, no key."""
+    """Logs each request when ``LOG_LEVEL`` is ``info`` or ``debug``. Lines hold no prompt or key.
+
+    :param level: the value of ``LOG_LEVEL``; ``debug`` adds the times of each step.
+    :param form: the value of ``LOG_FORMAT``, ``text`` or ``json``.
+    """
 
     def __init__(self, level: str, form: str) -> None:
         self._enabled = level in ("info", "debug")
         self._detailed = level == "debug"
         self._json = form == "json"
-        self._waiting: deque[Record | dict[str, Any]] = deque(maxlen=MAX_LINES)
-        self._arrived = Event()
+        self._queue: deque[Record | dict[str, Any]] = deque(maxlen=MAX_LINES)
+        self._wakeup = Event()
         self._writer: gevent.Greenlet | None = None
 
     def start(self) -> None:
-        """Start writing; in the worker, after the fork."""
+        """Start the writer; called in the worker, after the fork."""
         if self._enabled and self._writer is None:
-            self._writer = gevent.spawn(self._write_for_ever)
+            self._writer = gevent.spawn(self._run_writer)
 
     def stop(self) -> None:
-        """Write what still waits."""
+        """Stop the writer and write the rest of the queue."""
         if self._writer is not None:
             self._writer.kill()
             self._writer = None
             sys.stderr.write(self._take())
 
-    def exchange(self, record: Record) -> None:
-        """An inference exchange has ended."""
+    def log_exchange(self, record: Record) -> None:
+        """Log an inference exchange that has ended."""
         self._put(record)
 
-    def request(self, entry: dict[str, Any]) -> None:
-        """Any other request was answered; ``entry`` as in :meth:`_entry`, without a timestamp."""
+    def log_request(self, entry: dict[str, Any]) -> None:
+        """Log any other request; ``entry`` has fields of :meth:`_entry`, without a timestamp."""
         self._put({**entry, "timestamp": time.time()})
 
     def _put(self, entry: Record | dict[str, Any]) -> None:
         if self._enabled:
-            self._waiting.append(entry)
-            if not self._arrived.is_set():
-                self._arrived.set()
+            self._queue.append(entry)
+            if not self._wakeup.is_set():
+                self._wakeup.set()
 
-    def _write_for_ever(self) -> None:
+    def _run_writer(self) -> None:
         while True:
-            self._arrived.wait()
+            self._wakeup.wait()
             gevent.sleep(COLLECT_SECONDS)
-            self._arrived.clear()
-            # in a real thread: whoever reads our stderr may be slow
+            self._wakeup.clear()
+            # in a real thread, because a slow reader of stderr blocks the write
             gevent.get_hub().threadpool.apply(_write, (self._take(),))
 
     def _take(self) -> str:
+        """All queued entries as text, one line each."""
         lines = []
-        while self._waiting:
-            entry = self._waiting.popleft()
+        while self._queue:
+            entry = self._queue.popleft()
             lines.append(self._line(self._entry(entry) if isinstance(entry, Record) else entry))
         return "".join(lines)
 
     def _entry(self, record: Record) -> dict[str, Any]:
-        began = record.started
+        """The fields of an exchange's line, as README.rst documents them."""
+        started = record.started
         entry: dict[str, Any] = {
             "timestamp": time.time() - (time.monotonic() - record.ended),
             "requestId": record.request_id,
@@ -89,11 +96,11 @@ class AccessLog:
             "path": record.path,
             "status": record.status,
             "bytes": record.sent_bytes,
-            "totalMs": milliseconds(record.ended - began),
-            "modelAsked": record.asked_model,
+            "totalMs": milliseconds(record.ended - started),
+            "modelAsked": record.requested_model,
             "model": record.model,
             "stream": record.stream,
-            "queueMs": _after(began, record.upstream_sent),
+            "queueMs": _elapsed_ms(started, record.upstream_sent),
             "ttftMs": record.ttft_ms,
             "promptTokens": record.tokens.get("promptTokens"),
             "completionTokens": record.tokens.get("completionTokens"),
@@ -102,8 +109,8 @@ class AccessLog:
         if record.error:
             entry["error"] = record.error
         if self._detailed:
-            entry["sentToLmStudioMs"] = _after(began, record.upstream_sent)
-            entry["headMs"] = _after(began, record.upstream_head)
+            entry["sentToLmStudioMs"] = _elapsed_ms(started, record.upstream_sent)
+            entry["headMs"] = _elapsed_ms(started, record.upstream_head)
             entry["firstByteMs"] = record.ttft_ms
             entry["endedMs"] = entry["totalMs"]
         return entry
@@ -111,27 +118,26 @@ class AccessLog:
     def _line(self, entry: dict[str, Any]) -> str:
         entry["timestamp"] = timestamp(entry["timestamp"])
         if self._json:
-            named = {"level": "info", "logger": "gateway.access", **entry}
-            return json.dumps(named) + "\n"
+            return json.dumps({"level": "info", "logger": "gateway.access", **entry}) + "\n"
         fields = " ".join(
             f"{name}={_text(value)}"
             for name, value in entry.items()
             if name not in ("timestamp", "method", "path") and value not in (None, "")
         )
-        where = f"{_text(entry['method'])} {_text(entry['path'])}"
-        return f"{entry['timestamp']} info gateway.access: {where} {fields}\n"
+        target = f"{_text(entry['method'])} {_text(entry['path'])}"
+        return f"{entry['timestamp']} info gateway.access: {target} {fields}\n"
 
 
-def _after(began: float, moment: float | None) -> float | None:
-    return None if moment is None else milliseconds(moment - began)
+def _elapsed_ms(started: float, moment: float | None) -> float | None:
+    return None if moment is None else milliseconds(moment - started)
 
 
 def _text(value: Any) -> str:
-    """A value as it stands in a text line; what could forge fields or lines is quoted."""
+    """Format a value for a text line, quoting any string that could forge a field or a line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return value if _HARMLESS.fullmatch(value) else json.dumps(value)
+        return value if _NEEDS_NO_QUOTES.fullmatch(value) else json.dumps(value)
     return str(value)
 
 

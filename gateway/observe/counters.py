@@ -1,4 +1,4 @@
-"""The counters of ``/debug/status`` and ``/debug/metrics``, added up over workers and machines."""
+"""The counters of ``/debug/status`` and ``/debug/metrics``, summed over workers and machines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gateway.state import SharedStore, StoreError
 
 
 def total_counters(metrics: Metrics, store: SharedStore) -> dict[str, float]:
-    """The counters that machines share, summed up."""
+    """The counters of all machines; only this machine's while the store is unavailable."""
     sums = own_counters(metrics)
     try:
         others = store.other_counters()
@@ -20,7 +20,11 @@ def total_counters(metrics: Metrics, store: SharedStore) -> dict[str, float]:
 
 
 def own_counters(metrics: Metrics) -> dict[str, float]:
-    """This machine's counters, all its workers together, the dead ones too."""
+    """The counters of this machine, summed over all its workers, dead ones included.
+
+    An exchange that started, but neither ended nor is in flight, was lost with its worker and
+    counts as an error.
+    """
     totals = metrics.totals()
 
     def total(name: str) -> float:

@@ -1,7 +1,7 @@
 """Publishing to the shared event log.
 
 :meth:`EventBus.publish` appends to a bounded queue in memory and returns; one greenlet per worker
-writes what is there to the store. A slow store is not felt by a request.
+writes the queue to the store in batches, so a slow store never delays a request.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from gateway.errors import dumps
 from gateway.observe.readers import RETRY_SECONDS, Subscription, Tail
 from gateway.state import Batch, SharedStore, StoreError, merge
 
-#: Events that wait in one worker for a store that does not take them; the oldest are dropped.
-MAX_WAITING = 20_000
-#: Events written at once, and seconds in which they are collected.
+#: Events that one worker queues while the store is unavailable; beyond that the oldest are dropped.
+MAX_QUEUED = 20_000
+#: Events written in one batch, and seconds for which a batch is collected.
 MAX_BATCH = 2_000
 COLLECT_SECONDS = 0.05
-#: Seconds between two looks for requests whose worker has died.
-LOST_SECONDS = 1.0
+#: Seconds between two checks for operations whose worker has died.
+LOST_CHECK_SECONDS = 1.0
 
-#: Every event there is, in the order of the contract (§6); ``gap`` tells of lost ones.
+#: Every event type, in the order of the contract (§6); ``gap`` reports events that were lost.
 TYPES = (
     "connected",
     "model_load_start",
@@ -44,67 +44,66 @@ TYPES = (
     "gap",
 )
 
-#: Events that begin and end what /debug/status shows as running
-#: (the empty one stands for news about an exchange in flight).
-_PROGRESS = ""
-_BEGINS = {"inference_start", "model_load_start", _PROGRESS}
+#: Queued instead of an event type: an update of an exchange in flight, which is not published.
+_UPDATE = ""
+#: The events that start and end an operation which /debug/status shows as in flight.
+_STARTS = {"inference_start", "model_load_start", _UPDATE}
 _ENDS = {"inference_complete", "model_load_complete", "error"}
 
 logger = logging.getLogger(__name__)
 
-Published = tuple[str, dict[str, Any], "Moment", str]
+_Queued = tuple[str, dict[str, Any], Moment, str]
 
 
 class EventBus:
-    """The event queue of one worker."""
+    """The event queue of one worker. ``on_drop`` is called with the number of dropped events."""
 
     def __init__(self, store: SharedStore, on_drop: Callable[[int], None] = lambda count: None):
         self._store = store
         self._on_drop = on_drop
-        self._waiting: deque[Published] = deque()
-        self._arrived = Event()
+        self._queue: deque[_Queued] = deque()
+        self._wakeup = Event()
         self._dropped = 0
-        #: Operations whose end was dropped: they are in flight no more all the same.
-        self._ended_untold: set[str] = set()
+        #: Operations whose end event was dropped; they must not stay in flight forever.
+        self._dropped_ends: set[str] = set()
         self._writer: gevent.Greenlet | None = None
         self._tail = Tail(store)
-        #: Why events wait for the store; empty while it takes them.
-        self.trouble = ""
-        self._stuck = 0
+        #: Why the store rejects events; empty while it accepts them.
+        self.store_error = ""
+        #: Events of the batch that the store has not accepted yet.
+        self._unwritten = 0
 
     def publish(self, event: str, data: dict[str, Any], operation: str = "") -> Moment:
-        """Tell an event. ``operation`` names what begins or ends with it (a request's id, say).
+        """Queue an event and return the moment that it is stamped with.
 
-        Returns when it happened.
+        ``operation`` identifies the operation that the event starts or ends, and is unique among
+        all workers.
         """
         moment = Moment.now()
-        waiting = self._waiting
-        if len(waiting) >= MAX_WAITING:
-            kind, _, _, ended = waiting.popleft()
-            if ended and kind in _ENDS:
-                self._ended_untold.add(ended)
-            if kind != _PROGRESS:
-                self._dropped += 1
-                self._on_drop(1)
-        waiting.append((event, data, moment, operation))
-        if not self._arrived.is_set():
-            self._arrived.set()
+        queue = self._queue
+        if len(queue) >= MAX_QUEUED:
+            self._drop_oldest()
+        queue.append((event, data, moment, operation))
+        if not self._wakeup.is_set():
+            self._wakeup.set()
         return moment
 
-    def show(self, data: dict[str, Any], began: Moment, operation: str) -> None:
-        """Show more about an exchange in flight; no event."""
-        if len(self._waiting) < MAX_WAITING // 2:
-            self._waiting.append((_PROGRESS, data, began, operation))
-            self._arrived.set()
+    def update_in_flight(self, data: dict[str, Any], started: Moment, operation: str) -> None:
+        """Replace what /debug/status shows of an exchange in flight; no event is published."""
+        if len(self._queue) < MAX_QUEUED // 2:
+            self._queue.append((_UPDATE, data, started, operation))
+            self._wakeup.set()
 
     def start(self) -> None:
-        """Start writing; in the worker, after the fork."""
+        """Start the writer; called in the worker, after the fork."""
         if self._writer is None:
-            self._writer = gevent.spawn(self._write_for_ever)
+            self._writer = gevent.spawn(self._run_writer)
 
     def subscribe(self, last_id: int | None, types: frozenset[str]) -> Subscription:
-        """The event stream from behind ``last_id`` (None: from now on). Raises TooManySubscribers
-        or StoreError."""
+        """Stream the events after ``last_id`` (None: only new ones); no ``types`` means all.
+
+        Raises :class:`TooManySubscribers` or :class:`StoreError`.
+        """
         return self._tail.subscribe(last_id, types)
 
     @property
@@ -112,81 +111,94 @@ class EventBus:
         return self._tail.subscribers
 
     def stop_streams(self) -> None:
-        """End all streams of this worker."""
+        """End all event streams of this worker."""
         self._tail.stop()
 
     def stop(self) -> None:
-        """Write what still waits, as far as the store takes it at once."""
+        """End the streams and write the rest of the queue, without retries."""
         self.stop_streams()
         if self._writer is not None:
             self._writer.kill()
             self._writer = None
-        lost = self._stuck
-        while self._waiting:
+        lost = self._unwritten
+        while self._queue:
             batch = self._take()
             try:
                 self._store.append(batch)
             except StoreError:
-                lost += len(batch.events) + len(self._waiting)
+                lost += len(batch.events) + len(self._queue)
                 break
         if lost:
-            logger.warning("%d events were lost at the end", lost)
+            logger.warning("%d events were lost at shutdown", lost)
 
-    def _write_for_ever(self) -> None:
-        next_look = 0.0
+    def _drop_oldest(self) -> None:
+        event, _, _, operation = self._queue.popleft()
+        if operation and event in _ENDS:
+            self._dropped_ends.add(operation)
+        if event != _UPDATE:
+            self._dropped += 1
+            self._on_drop(1)
+
+    def _run_writer(self) -> None:
+        next_check = 0.0
         while True:
-            self._arrived.wait(LOST_SECONDS)
+            self._wakeup.wait(LOST_CHECK_SECONDS)
             gevent.sleep(COLLECT_SECONDS)
-            self._arrived.clear()
-            while self._waiting:
+            self._wakeup.clear()
+            while self._queue:
                 self._write(self._take())
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + LOST_SECONDS
-                self._tell_lost()
+            if time.monotonic() >= next_check:
+                next_check = time.monotonic() + LOST_CHECK_SECONDS
+                self._report_lost()
 
     def _write(self, batch: Batch) -> None:
-        """Write a batch, as often as it takes."""
+        """Write a batch, retrying until the store accepts it."""
         while True:
             try:
                 self._store.append(batch)
-                self.trouble, self._stuck = "", 0
+                self.store_error, self._unwritten = "", 0
                 return
             except StoreError as error:
-                if not self.trouble:
-                    logger.warning("events wait: %s", error.message)
-                self.trouble, self._stuck = error.message, len(batch.events)
+                if not self.store_error:
+                    logger.warning("events wait for the store: %s", error.message)
+                self.store_error, self._unwritten = error.message, len(batch.events)
                 gevent.sleep(RETRY_SECONDS)
 
     def _take(self) -> Batch:
-        """Up to MAX_BATCH of the waiting events, with a ``gap`` in front if some were dropped."""
+        """Take up to MAX_BATCH events off the queue, after a ``gap`` if any were dropped."""
         batches = []
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             batches.append(_batch("gap", {"missed": dropped}, Moment.now(), ""))
-            batches.append(Batch(ended=self._ended_untold))
-            self._ended_untold = set()
-        for _ in range(min(len(self._waiting), MAX_BATCH)):
-            batches.append(_batch(*self._waiting.popleft()))
+            batches.append(Batch(ended=self._dropped_ends))
+            self._dropped_ends = set()
+        for _ in range(min(len(self._queue), MAX_BATCH)):
+            batches.append(_batch(*self._queue.popleft()))
         return merge(batches)
 
-    def _tell_lost(self) -> None:
+    def _report_lost(self) -> None:
+        """Publish the end of every operation whose worker has died."""
         try:
             lost = self._store.take_lost()
         except StoreError:
             return
         for operation in lost:
-            took = {"totalTimeMs": elapsed_ms(operation)}
-            told = {"operation": operation["operation"], "error": "The worker process died."}
+            total_ms = elapsed_ms(operation)
+            error = {
+                "operation": operation["operation"],
+                "error": "The worker process died.",
+                "totalTimeMs": total_ms,
+            }
             request_id = operation.get("requestId")
             if request_id is None:
-                self.publish("error", {**told, **took})
+                self.publish("error", error)
                 continue
-            self.publish("error", {"requestId": request_id, **told, **took})
-            self.publish("inference_complete", lost_completion(request_id, took["totalTimeMs"]))
+            self.publish("error", {"requestId": request_id, **error})
+            self.publish("inference_complete", lost_completion(request_id, total_ms))
 
 
 def lost_completion(request_id: str, total_ms: int) -> dict[str, Any]:
-    """``inference_complete`` of a request whose worker died."""
+    """The data of ``inference_complete`` for a request whose worker died."""
     tokens = {"promptTokens": None, "completionTokens": None, "totalTokens": None}
     return {
         "requestId": request_id,
@@ -201,13 +213,12 @@ def lost_completion(request_id: str, total_ms: int) -> dict[str, Any]:
 
 def _batch(event: str, data: dict[str, Any], moment: Moment, operation: str) -> Batch:
     batch = Batch()
-    if event != _PROGRESS:
+    if event != _UPDATE:
         batch.events.append((event, dumps({"timestamp": timestamp(moment.wall), **data})))
-    if operation and event in _BEGINS:
+    if operation and event in _STARTS:
         kind = "model_load" if event == "model_load_start" else "inference"
         clocks = dict(zip(CLOCKS, (*moment, MACHINE), strict=True))
-        running = {"operation": kind, **clocks, **data}
-        batch.begun[operation] = dumps(running)
+        batch.begun[operation] = dumps({"operation": kind, **clocks, **data})
     elif operation and event in _ENDS:
         batch.ended.add(operation)
     return batch

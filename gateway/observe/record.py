@@ -1,4 +1,4 @@
-"""What is known about one inference exchange while it runs, and told when it has ended."""
+"""The record of one inference exchange: filled while it is in flight, reported when it ends."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 @dataclass
 class Record:
-    """One exchange. Times are of time.monotonic(), counts are bytes and tokens."""
+    """One exchange. Times are readings of :func:`time.monotonic`, in seconds."""
 
     request_id: str
     client: str
     method: str
-    #: LM Studio's path, ``/v1/…``.
+    #: The path at LM Studio, ``/v1/…``.
     path: str
-    #: The model that the client asked for (empty: none) and the one that went upstream.
-    asked_model: str = ""
+    #: The model that the client requested (empty: none) and the one sent upstream.
+    requested_model: str = ""
     model: str = ""
     stream: bool = False
-    #: Names this exchange among all that run anywhere.
+    #: Identifies this exchange among those of all workers.
     operation: str = ""
     on_finish: Callable[[Record], None] = lambda record: None
     started: float = field(default_factory=time.monotonic)
@@ -31,7 +31,7 @@ class Record:
     ended: float = 0.0
     status: int = 0
     sent_bytes: int = 0
-    #: Events of a stream that were sent; models stream about a token in each.
+    #: Events of a stream sent to the client; models send about one token in each.
     chunks: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     error: str | None = None
@@ -43,30 +43,33 @@ class Record:
 
     @property
     def counts_as_error(self) -> bool:
-        """Failed or refused; a client that left is no error."""
+        """Whether the exchange failed or was rejected; a cancelled one is not an error."""
         return not self.cancelled and (self.failed or self.status >= 400)
 
     def sent(self, piece: bytes) -> None:
-        """A piece of the answer's body is about to be written to the client."""
+        """Count a piece of the response body that is about to be written to the client."""
         if self.first_byte is None and piece:
             self.first_byte = time.monotonic()
         self.sent_bytes += len(piece)
         if self.stream:
             self.chunks += piece.count(b"data:")
 
-    def fail(self, why: str) -> None:
-        """The exchange did not end as it should; ``why`` is told to operators."""
+    def fail(self, reason: str) -> None:
+        """Mark the exchange as failed. Only the first reason is kept; it is shown to operators."""
         if self.error is None:
-            self.error = why
+            self.error = reason
 
     def finish(self, *, cancelled: bool = False) -> None:
-        """The last byte has been written, or the client has left. Only the first call counts."""
+        """End the exchange when its last byte is written or its client has disconnected.
+
+        Only the first call counts.
+        """
         if self.ended:
             return
         self.ended = time.monotonic()
         self.cancelled = cancelled
         if cancelled:
-            self.status = 499  # nginx's number for "client closed request"
+            self.status = 499  # nginx's "client closed request"
         self.on_finish(self)
 
     def start_event(self) -> dict[str, Any]:
@@ -94,7 +97,7 @@ class Record:
 
     @property
     def ttft_ms(self) -> float | None:
-        """Milliseconds to the first byte of the answer's body."""
+        """Milliseconds from the start to the first byte of the response body."""
         return None if self.first_byte is None else milliseconds(self.first_byte - self.started)
 
     @property
@@ -105,12 +108,13 @@ class Record:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Completion tokens per second: of a stream from its first byte on, else of the whole."""
+        """Completion tokens per second, measured from the first byte of a stream, otherwise from
+        the start of the exchange."""
         completion = self.tokens.get("completionTokens")
         if not completion:
             return None
-        begin = self.first_byte if self.stream and self.first_byte else self.started
-        return round(completion / max(self.ended - begin, 0.001), 2)
+        since = self.first_byte if self.stream and self.first_byte else self.started
+        return round(completion / max(self.ended - since, 0.001), 2)
 
 
 def milliseconds(seconds: float) -> float:

@@ -13,7 +13,7 @@ from gateway.observe.record import Record, milliseconds
 
 
 class Reporter:
-    """Tells of the exchanges of one worker."""
+    """Reports the exchanges of one worker."""
 
     def __init__(self, events: EventBus, metrics: Metrics, log: AccessLog) -> None:
         self._events = events
@@ -21,37 +21,40 @@ class Reporter:
         self._log = log
         self._worker = secrets.token_hex(6)
         self._numbers = itertools.count(1)
-        #: Streams in flight, with when they began and how many chunks were told of.
+        #: Streams in flight by operation, with their start and the number of chunks last reported.
         self._streams: dict[str, tuple[Record, Moment, int]] = {}
 
     def begin(self, record: Record) -> None:
-        """An exchange was accepted and goes to LM Studio now."""
+        """Report the start of an exchange, just before it goes to LM Studio.
+
+        Its end is reported by :meth:`Record.finish`.
+        """
         record.on_finish = self._end
-        # a client may send the same request id twice
+        # not the request id: a client may send the same one twice
         record.operation = f"{self._worker}-{next(self._numbers)}"
         self._metrics.begin()
-        began = self._events.publish("inference_start", record.start_event(), record.operation)
+        started = self._events.publish("inference_start", record.start_event(), record.operation)
         if record.stream:
-            self._streams[record.operation] = (record, began, 0)
+            self._streams[record.operation] = (record, started, 0)
 
     def report_progress(self) -> None:
-        """Show how far the streams in flight have come; to be called every so often."""
-        for operation, (record, began, told) in self._streams.items():
-            if record.chunks != told:
-                self._streams[operation] = (record, began, record.chunks)
+        """Update the chunk counts of the streams in flight; called at regular intervals."""
+        for operation, (record, started, reported) in self._streams.items():
+            if record.chunks != reported:
+                self._streams[operation] = (record, started, record.chunks)
                 data = {**record.start_event(), "chunks": record.chunks}
-                self._events.show(data, began, operation)
+                self._events.update_in_flight(data, started, operation)
 
     def _end(self, record: Record) -> None:
         self._streams.pop(record.operation, None)
         self._metrics.end(record)
         if record.error is not None and not record.cancelled:
-            told = {
+            error = {
                 "requestId": record.request_id,
                 "operation": "inference",
                 "error": record.error,
                 "totalTimeMs": milliseconds(record.ended - record.started),
             }
-            self._events.publish("error", told)
+            self._events.publish("error", error)
         self._events.publish("inference_complete", record.complete_event(), record.operation)
-        self._log.exchange(record)
+        self._log.log_exchange(record)

@@ -1,10 +1,10 @@
-"""``/openapi.json``: this API in OpenAPI 3.1, for client generators and API browsers.
+"""Describes the API at ``/openapi.json`` in OpenAPI 3.1, for client generators and API browsers.
 
-:mod:`.document` puts the document together and is the file to read first; :mod:`.operations` lists
+:mod:`.document` assembles the document and is the file to read first; :mod:`.operations` lists
 every path with its operations, :mod:`.shapes` the JSON of the gateway's own responses.
 :mod:`.views` is the blueprint.
 
-This package must not know how the operations that it describes are carried out.
+This package must not know how the operations that it describes are implemented.
 """
 
 from gateway.openapi.views import blueprint

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what all operations share, and the schemas of the bodies of ``/admin``."""
+"""Assembles the OpenAPI document and adds what all operations share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from gateway.openapi.shapes import SHAPES, Json
 
 VERSION = "3.1.0"
 
-_ABOUT = """\
-A gateway in front of LM Studio. A key comes as `Authorization: Bearer KEY` or `X-API-Key: KEY`; a
-gateway that has none set needs none. Where admin keys are set, operations of the role `admin` need
-one of them. Every answer has an `X-Request-Id`; a sane one of the request is kept. Errors of `/v1`,
-of its shorthand and of `/api` are OpenAI's, those of `/v1/messages` Anthropic's, all others
-`{"error", "details", "requestId"}`. The bodies of inference are LM Studio's and pass unchanged:
-only what the gateway looks at or adds is described."""
+_DESCRIPTION = """\
+A gateway in front of LM Studio. Clients send a key as `Authorization: Bearer KEY` or
+`X-API-Key: KEY`; a gateway without keys needs none. If admin keys are set, operations with the role
+`admin` need one of them. Every response has an `X-Request-Id`, which is that of the request if it
+is valid. Error bodies follow OpenAI for `/v1`, its shorthand and `/api`, Anthropic for
+`/v1/messages`, and are `{"error", "details", "requestId"}` everywhere else. The bodies of inference
+requests and responses are those of LM Studio and pass through unchanged: this document only
+describes the members that the gateway reads or adds."""
 
 _ADMIN_BODIES = {
     "Load": schemas.LoadSchema,
@@ -36,13 +37,13 @@ _HEADERS: dict[str, Json] = {
 
 
 def document() -> Json:
-    """The description of this gateway, ready for JSON."""
+    """The OpenAPI document, ready to be serialized."""
     return {
         "openapi": VERSION,
         "info": {
             "title": "lmstudio-gateway",
             "version": __version__,
-            "description": _ABOUT,
+            "description": _DESCRIPTION,
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
@@ -60,7 +61,7 @@ def document() -> Json:
 
 
 def _admin_bodies() -> dict[str, Json]:
-    """The bodies of ``/admin`` and what is nested in them, from the schemas that check them."""
+    """The request bodies of ``/admin`` and their parts, from the schemas that validate them."""
     spec = APISpec("", "", VERSION, plugins=[MarshmallowPlugin()])
     for name, schema in _ADMIN_BODIES.items():
         spec.components.schema(name, schema=schema)
@@ -72,12 +73,13 @@ def _admin_bodies() -> dict[str, Json]:
 
 
 def _error_responses() -> dict[str, Json]:
-    """A response for every status in every dialect, and one for statuses that are not listed."""
+    """A response for each status in each dialect, and one per dialect for all other statuses."""
     responses: dict[str, Json] = {}
     for shape in DIALECTS.values():
-        for status, (words, names) in ERRORS.items():
-            told = {"headers": headers(*names), "content": json_of(shape)}
-            responses[f"{shape}{status}"] = {"description": words, **told}
-        told = {"headers": headers(), "content": json_of(shape)}
-        responses[shape] = {"description": "Another error, or LM Studio's own.", **told}
+        content = {"content": json_of(shape)}
+        for status, (description, names) in ERRORS.items():
+            response = {"description": description, "headers": headers(*names)}
+            responses[f"{shape}{status}"] = response | content
+        other = {"description": "Any other error, or one from LM Studio.", "headers": headers()}
+        responses[shape] = other | content
     return responses

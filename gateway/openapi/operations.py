@@ -1,4 +1,4 @@
-"""Every path of the gateway with its operations, in OpenAPI's form."""
+"""Every path of the gateway with its operations, as OpenAPI objects."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gateway.request import DASHBOARD_PATHS, HEALTH_PATHS, is_admin_path
 _ANY_KEY: list[Json] = [{"bearer": []}, {"apiKey": []}]
 _ADMIN_KEY: list[Json] = [{"bearer": ["admin"]}, {"apiKey": ["admin"]}]
 
-#: The shape of each dialect's errors.
+#: The shape of the error body of each dialect.
 DIALECTS = {"admin": "AdminError", "openai": "OpenAIError", "anthropic": "AnthropicError"}
-#: What each status means, and the headers that come with it.
+#: The meaning of each error status, and the headers of its response.
 ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
-    400: ("The request is not valid.", ()),
-    401: ("There is no key, or it is wrong.", ("WWW-Authenticate",)),
-    403: ("The address is not on the allowlist, or the key is no admin key.", ()),
-    404: ("There is no such thing.", ()),
-    408: ("The body did not come in time.", ()),
-    409: ("It can't be done as things are; trying again is in vain.", ("x-should-retry",)),
-    413: ("The body is larger than `MAX_BODY_BYTES`.", ()),
-    502: ("LM Studio refused, or broke the exchange off.", ()),
-    503: ("LM Studio or the shared state can't be reached, or too much runs.", ("Retry-After",)),
-    504: ("LM Studio did not answer in time.", ()),
+    400: ("The request is invalid.", ()),
+    401: ("The key is missing or wrong.", ("WWW-Authenticate",)),
+    403: ("The address is not on the allowlist, or the key is not an admin key.", ()),
+    404: ("The path, the model or the instance does not exist.", ()),
+    408: ("The request body did not arrive in time.", ()),
+    409: ("The request conflicts with the current state; do not retry it.", ("x-should-retry",)),
+    413: ("The request body is larger than `MAX_BODY_BYTES`.", ()),
+    502: ("LM Studio rejected the request or closed the connection.", ()),
+    503: ("LM Studio or the shared state is unavailable, or overloaded.", ("Retry-After",)),
+    504: ("LM Studio did not respond in time.", ()),
 }
 _ACCESS_ERRORS = (401, 403)
 _BODY_ERRORS = (400, 408, 413)
@@ -34,12 +34,12 @@ _RELAY_ERRORS = (*_BODY_ERRORS, 404, 502, 503, 504)
 
 
 def json_of(shape: str) -> Json:
-    """Content that is JSON of a shape."""
+    """The content of a body with the given shape."""
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
 
 
 def headers(*names: str) -> Json:
-    """The headers of an answer: these, and the one that all have."""
+    """The headers of a response: the named ones and X-Request-Id, which every response has."""
     return {name: {"$ref": f"#/components/headers/{name}"} for name in ("X-Request-Id", *names)}
 
 
@@ -48,59 +48,64 @@ _ANY_JSON: Json = {"application/json": {}}
 _EVENTS: Json = {"text/event-stream": {"schema": {"type": "string"}}}
 _TEXT: Json = {"text/plain": {"schema": {"type": "string"}}}
 
-#: What can be read: summary, content, errors beside those of access.
+#: Paths that are only read: summary, content, and error statuses besides those of access control.
 _VIEWS: dict[str, tuple[str, Json, tuple[int, ...]]] = {
-    "/admin/models": ("What is loaded, downloaded and active", json_of("Listing"), (502, 503)),
-    "/debug/": ("The dashboard", {"text/html": {}}, ()),
-    "/debug/stream": ("Every event of every worker", _EVENTS, (400, 503)),
-    "/debug/status": ("What runs now and what ran last", json_of("Status"), (503,)),
-    "/debug/metrics": ("Counters and averages", json_of("Metrics"), (503,)),
+    "/admin/models": (
+        "List the loaded, downloaded and active models",
+        json_of("Listing"),
+        (502, 503),
+    ),
+    "/debug/": ("Open the dashboard", {"text/html": {}}, ()),
+    "/debug/stream": ("Stream the events of all workers", _EVENTS, (400, 503)),
+    "/debug/status": ("Show what is in flight and what ended last", json_of("Status"), (503,)),
+    "/debug/metrics": ("Show counters and averages", json_of("Metrics"), (503,)),
     "/metrics": ("Counters, gauges and histograms for Prometheus", _TEXT, ()),
-    "/health": ("Whether gateway, LM Studio and shared state are well", json_of("Health"), ()),
-    "/health/ready": ("Whether a request could be served now", json_of("Ready"), ()),
+    "/health": ("Check LM Studio and the shared state", json_of("Health"), ()),
+    "/health/ready": ("Check whether inference requests can be served", json_of("Ready"), ()),
     "/openapi.json": ("This document", _ANY_JSON, ()),
 }
-#: What can be done with models, in the same form.
-_COMMANDS: dict[str, tuple[str, Json, tuple[int, ...]]] = {
+#: The operations on models, below ``/admin/models``, in the same form.
+_MODEL_OPERATIONS: dict[str, tuple[str, Json, tuple[int, ...]]] = {
     "load": ("Load a model", json_of("Loaded") | _EVENTS, (404, 409, 502, 503)),
     "unload": ("Unload an instance of a model", json_of("Unloaded"), (404, 409, 502, 503)),
-    "activate": ("Choose the model that is injected", json_of("Activated"), (503,)),
-    "deactivate": ("Inject no model", json_of("Deactivated"), (503,)),
+    "activate": ("Activate a model for requests that name none", json_of("Activated"), (503,)),
+    "deactivate": ("Deactivate the active model", json_of("Deactivated"), (503,)),
 }
-#: Paths behind ``/v1`` that have a shorthand.
+#: Paths below ``/v1`` that have a shorthand.
 _INFERENCE = {
     "/chat/completions": "Complete a chat",
     "/completions": "Complete a text",
     "/embeddings": "Embed texts",
-    "/responses": "OpenAI's Responses API",
-    "/messages": "Anthropic's Messages API",
+    "/responses": "Create a response (OpenAI's Responses API)",
+    "/messages": "Create a message (Anthropic's Messages API)",
     "/images/generations": "Generate images",
     "/audio/transcriptions": "Transcribe speech",
     "/audio/translations": "Translate speech",
-    "/models": "The models that LM Studio offers",
-    "/models/{path}": "One model",
+    "/models": "List the models of LM Studio",
+    "/models/{path}": "Show a model of LM Studio",
 }
 _RELAYED = {
-    "/v1/{path}": "Anything else of LM Studio's `/v1`, by any method",
-    "/api/{path}": "LM Studio's native REST, by any method",
+    "/v1/{path}": "Any other path of LM Studio's `/v1`, with any method",
+    "/api/{path}": "LM Studio's native REST API, with any method",
 }
 _RELAYED_METHODS = ("get", "post", "put", "patch", "delete")
 
-_LOADING = """\
-With `Accept: text/event-stream` the answer's events are `model_load_progress` (`progress` 0-100,
-`progressRaw` 0-1), then `model_load_complete` with the members of the plain answer, or `error` with
-`error`, `status`, `requestId` and perhaps `details`. A client that leaves cancels the load."""
+_LOAD_STREAM = """\
+With `Accept: text/event-stream` the response streams `model_load_progress` events (`progress`
+0-100, `progressRaw` 0-1), then `model_load_complete` with the members of the plain response, or
+`error` with `error`, `status`, `requestId` and optionally `details`. The load is cancelled if the
+client disconnects."""
 _STREAM = """\
 Each event has an id, a type and one line of JSON with a `timestamp`. `Last-Event-ID` or
-`lastEventId` resumes without loss while the log holds what is missing, else the event `gap` tells
-how many were `missed`."""
-_LAST_ID: Json = {"schema": {"type": "integer"}, "description": "The last event that you have."}
+`lastEventId` resumes without loss while the log still holds the following events; otherwise a `gap`
+event reports how many were `missed`."""
+_LAST_ID: Json = {"schema": {"type": "integer"}, "description": "The id of the last event read."}
 _TYPES: Json = {"type": "array", "items": {"enum": list(TYPES)}}
-_REST: Json = {"schema": {"type": "string"}, "description": "What follows; it may have slashes."}
+_REST: Json = {"schema": {"type": "string"}, "description": "The rest of the path, with slashes."}
 
-#: What some operations have besides.
-_BESIDES: dict[str, Json] = {
-    "/admin/models/load": {"description": _LOADING},
+#: Additional members of some operations.
+_ADDITIONS: dict[str, Json] = {
+    "/admin/models/load": {"description": _LOAD_STREAM},
     "/debug/stream": {
         "description": _STREAM,
         "parameters": [
@@ -109,9 +114,9 @@ _BESIDES: dict[str, Json] = {
             {"name": "types", "in": "query", "explode": False, "schema": _TYPES},
         ],
     },
-    "/health": {"description": "Any key is needed with `REQUIRE_AUTH_FOR_HEALTH`."},
+    "/health": {"description": "Needs a key of any role if `REQUIRE_AUTH_FOR_HEALTH` is true."},
 }
-#: Types of what is injected, by its name in ``defaultInference``; ``stopStrings`` has several.
+#: The types of injected values by their name in ``defaultInference``; ``stopStrings`` has several.
 _INJECTED_TYPES = {
     "temperature": "number",
     "maxTokens": "integer",
@@ -125,9 +130,9 @@ _INJECTED_TYPES = {
 def paths() -> Json:
     """All paths, each with its operations by method."""
     found = {path: {"get": _operation("get", path, *row)} for path, row in _VIEWS.items()}
-    not_ready = {"description": "Not now.", "headers": headers("Retry-After")}
+    not_ready = {"description": "LM Studio is unavailable.", "headers": headers("Retry-After")}
     found["/health/ready"]["get"]["responses"]["503"] = not_ready | {"content": json_of("Ready")}
-    for verb, (summary, content, errors) in _COMMANDS.items():
+    for verb, (summary, content, errors) in _MODEL_OPERATIONS.items():
         path = f"/admin/models/{verb}"
         operation = _operation("post", path, summary, content, (*_BODY_ERRORS, *errors))
         body = {"required": verb != "deactivate", "content": json_of(verb.capitalize())}
@@ -135,7 +140,7 @@ def paths() -> Json:
     for path, summary in _INFERENCE.items():
         method = "get" if path.startswith("/models") else "post"
         found[f"/v1{path}"] = {method: _relayed(method, f"/v1{path}", summary)}
-        found[path] = {method: _relayed(method, path, f"{summary} (short for `/v1{path}`)")}
+        found[path] = {method: _relayed(method, path, f"{summary} (shorthand for `/v1{path}`)")}
     for path, summary in _RELAYED.items():
         found[path] = {method: _relayed(method, path, summary) for method in _RELAYED_METHODS}
     return found
@@ -144,9 +149,9 @@ def paths() -> Json:
 def _operation(
     method: str, path: str, summary: str, content: Json, errors: tuple[int, ...]
 ) -> Json:
-    """An operation whose errors are in the dialect of its path."""
+    """An operation with the error responses of its path's dialect."""
     shape = DIALECTS[dialect_of(path)]
-    responses: Json = {"200": {"description": "Done.", "headers": headers(), "content": content}}
+    responses: Json = {"200": {"description": "Success.", "headers": headers(), "content": content}}
     for status in sorted((*_ACCESS_ERRORS, *errors)):
         responses[str(status)] = {"$ref": f"#/components/responses/{shape}{status}"}
     responses["default"] = {"$ref": f"#/components/responses/{shape}"}
@@ -155,7 +160,7 @@ def _operation(
         "summary": summary,
         "security": _security(path),
         "responses": responses,
-        **_BESIDES.get(path, {}),
+        **_ADDITIONS.get(path, {}),
     }
 
 
@@ -168,31 +173,34 @@ def _security(path: str) -> list[Json]:
 
 
 def _relayed(method: str, path: str, summary: str) -> Json:
-    """An operation that LM Studio answers."""
+    """An operation that is relayed to LM Studio."""
     endpoint = ENDPOINTS.get("/v1" + path.removeprefix("/v1"))
     content = _ANYTHING
-    besides: Json = {}
+    additions: Json = {}
     if endpoint is not None:
         content = _ANY_JSON | (_EVENTS if "stream" in endpoint.members else {})
-        schema = {"type": "object", "properties": _looked_at(endpoint)}
+        schema = {"type": "object", "properties": _known_members(endpoint)}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        besides = {"requestBody": body}
+        additions = {"requestBody": body}
     elif method in ("post", "put", "patch"):
-        besides = {"requestBody": {"content": _ANYTHING}}
+        additions = {"requestBody": {"content": _ANYTHING}}
     if path.endswith("{path}"):
-        besides["parameters"] = [{"name": "path", "in": "path", "required": True, **_REST}]
-    return _operation(method, path, summary, content, _RELAY_ERRORS) | besides
+        additions["parameters"] = [{"name": "path", "in": "path", "required": True, **_REST}]
+    return _operation(method, path, summary, content, _RELAY_ERRORS) | additions
 
 
-def _looked_at(endpoint: Endpoint) -> Json:
-    """The members of a body that the gateway reads or adds."""
-    words = "Absent, null or empty: the active model."
-    members: Json = {"model": {"type": ["string", "null"], "description": words}}
+def _known_members(endpoint: Endpoint) -> Json:
+    """The members of a request body that the gateway reads or adds."""
+    text = "Defaults to the active model if absent, null or empty."
+    members: Json = {"model": {"type": ["string", "null"], "description": text}}
     for name, member in endpoint.members.items():
         kind = _INJECTED_TYPES.get(name)
-        words = f"Absent: `{name}` of the active model's `defaultInference`."
-        members[member] = {"description": words} | ({"type": [kind, "null"]} if kind else {})
+        text = f"Defaults to `{name}` of the active model's `defaultInference`."
+        members[member] = {"description": text} | ({"type": [kind, "null"]} if kind else {})
     if endpoint.usage_on_request:
-        words = "The gateway always asks for usage; it tells it to whoever asks here."
-        members["stream_options"] = {"description": words}
+        text = (
+            "The gateway always requests usage from LM Studio, but relays it only to clients that"
+            " ask for it here."
+        )
+        members["stream_options"] = {"description": text}
     return members

@@ -1,8 +1,8 @@
-"""The shapes of the gateway's own JSON answers, as JSON Schema.
+"""The shapes of the gateway's own JSON responses, as JSON Schema.
 
-Written in a short notation (:func:`_shape`): ``"integer"`` is a type, ``"Model"`` another shape,
-``"time"`` a timestamp, ``?`` behind a name allows null, ``["string"]`` is a list, a dictionary is
-JSON Schema as it stands.
+They are written in a short notation (:func:`_shape`): ``"integer"`` is a type, ``"Model"`` another
+shape, ``"time"`` a timestamp, a trailing ``?`` allows null, ``["string"]`` is a list, and a
+dictionary is JSON Schema as is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 def _shape(notation: str | list[str] | Json) -> Json:
-    """JSON Schema of a member."""
+    """The JSON Schema of a member."""
     if isinstance(notation, dict):
         return notation
     if isinstance(notation, list):
@@ -27,7 +27,7 @@ def _shape(notation: str | list[str] | Json) -> Json:
 
 
 def _object(optional: Json | None = None, /, **required: Any) -> Json:
-    """JSON Schema of an object with these members."""
+    """The JSON Schema of an object with these members."""
     members = required | (optional or {})
     properties = {name: _shape(notation) for name, notation in members.items()}
     return {"type": "object", "properties": properties, "required": list(required)}
@@ -37,16 +37,16 @@ def _one_of(*values: str) -> Json:
     return {"enum": list(values)}
 
 
-#: LM Studio tells more of a model than the contract promises.
+#: LM Studio describes models with more members than the API promises.
 _AND_MORE = {"additionalProperties": True}
-_KIND = {"type": "string", "description": "`llm`, `embedding` or what LM Studio has besides."}
+_KIND = {"type": "string", "description": "`llm`, `embedding` or another type of LM Studio."}
 _ACTIVE = {
     "modelKey": "string",
     "instanceId": "string?",
     "defaultInference": "DefaultInference",
     "type": _one_of("llm", "embedding"),
 }
-_FAULT = {"path": {"type": "array", "items": {"type": ["string", "integer"]}}, "message": "string"}
+_DETAIL = {"path": {"type": "array", "items": {"type": ["string", "integer"]}}, "message": "string"}
 
 #: Name → JSON Schema.
 SHAPES: dict[str, Json] = {
@@ -188,14 +188,14 @@ SHAPES: dict[str, Json] = {
         uptime="number",
         version="string",
         commit="string?",
-        lmstudio="Sign",
-        state="Sign",
+        lmstudio="Connection",
+        state="Connection",
     ),
-    "Ready": _object(ready="boolean", lmstudio="Sign"),
-    "Sign": _object({"error": "string"}, connected="boolean"),
-    # errors, by dialect
+    "Ready": _object(ready="boolean", lmstudio="Connection"),
+    "Connection": _object({"error": "string"}, connected="boolean"),
+    # errors by dialect
     "AdminError": _object(
-        {"details": {"type": "array", "items": _object(**_FAULT)}},
+        {"details": {"type": "array", "items": _object(**_DETAIL)}},
         error="string",
         requestId="string",
     ),

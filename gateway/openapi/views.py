@@ -13,13 +13,13 @@ blueprint = Blueprint("openapi", __name__)
 
 @blueprint.get("/openapi.json")
 def describe() -> Response:
-    """The document; the same for every gateway of a version."""
+    """The document, which is the same for every gateway of a version."""
     return Response(_document(), content_type="application/json")
 
 
 @cache
 def _document() -> bytes:
-    # apispec is heavy: a gateway whose description nobody reads does not import it
+    # apispec is slow to import, and most gateways never serve this document
     from gateway.openapi.document import document
 
     return dumps(document())

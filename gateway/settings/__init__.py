@@ -1,10 +1,10 @@
-"""The settings of §1 of the contract, from the environment and from ``.env``.
+"""The settings (§1 of the contract), read from the environment and ``.env``.
 
-:mod:`.table` declares every setting and is the file to read first; it feeds parsing, error lines
-and the tests of the documentation. :mod:`.parsers` turns texts into values, :mod:`.loading` reads
-the environment and refuses what must not be served.
+:mod:`.table` declares every setting and is the file to read first; parsing, error messages and the
+tests of the documentation are based on it. :mod:`.parsers` converts text to values, and
+:mod:`.loading` reads the environment and rejects unsafe settings.
 
-This package must not know about anything else of the gateway.
+This package must not know about any other part of the gateway.
 """
 
 from gateway.settings.loading import (

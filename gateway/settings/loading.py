@@ -1,4 +1,4 @@
-"""Reading the settings, from the environment or from ``.env`` in the current directory."""
+"""Reads the settings from the environment and from ``.env`` in the current directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dotenv import dotenv_values
 
 from gateway.settings.table import TABLE, Settings
 
-#: Keys that stand in examples and tutorials; on a reachable address they protect nothing.
+#: Keys from examples and tutorials, which protect nothing on a reachable address.
 PLACEHOLDER_KEYS = frozenset(
     {
         "change-me-please",
@@ -28,20 +28,17 @@ PLACEHOLDER_KEYS = frozenset(
 
 
 class SettingsError(Exception):
-    """Every problem of the settings at once; :attr:`problems` has one printable line for each."""
+    """The settings are invalid; :attr:`problems` has one printable line for each problem."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
 
 
-# Reading -------------------------------------------------------------------------------------
-
-
 def load(environ: Mapping[str, str] | None = None) -> Settings:
-    """Read the settings from ``environ`` (default: the process's, over ``.env``).
+    """Read the settings from ``environ``, by default from the environment and ``.env``.
 
-    Raises :class:`SettingsError` naming every bad value at once.
+    Raises :class:`SettingsError` with every problem at once.
     """
     source = read_environment() if environ is None else environ
     values: dict[str, Any] = {}
@@ -50,31 +47,34 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         text = source.get(setting.variable, "").strip() or setting.default
         try:
             values[setting.attribute] = setting.parse(text)
-        except ValueError as fault:
-            problems.append(f"{setting.variable}: {fault} (example: {setting.example})")
+        except ValueError as error:
+            problems.append(f"{setting.variable}: {error} (example: {setting.example})")
     if not problems:
         settings = Settings(**values)
-        problems = _unsafe(settings)
+        problems = _safety_problems(settings)
         if not problems:
             return settings
     raise SettingsError(problems)
 
 
 def read_environment() -> dict[str, str]:
-    """``.env`` of the current directory, overlaid with the process's environment."""
+    """The variables of ``.env`` and of the environment, which wins. Raises SettingsError."""
     return {**read_env_file(), **os.environ}
 
 
 def read_env_file() -> dict[str, str]:
-    """``.env`` of the current directory alone; empty without one. Raises SettingsError."""
+    """The variables of ``.env`` in the current directory; empty if there is no such file.
+
+    Raises :class:`SettingsError` if it can't be read.
+    """
     try:
         return {name: text for name, text in dotenv_values(".env").items() if text is not None}
     except (OSError, UnicodeDecodeError):
-        raise SettingsError([".env: can't be read as UTF-8 text"]) from None
+        raise SettingsError([".env: can't be read, or is not UTF-8 text"]) from None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``; a name counts only when it is ``localhost``."""
+    """Whether only this machine can reach ``host``; the only name that counts is ``localhost``."""
     if host.startswith("unix:") or host == "localhost":
         return True
     try:
@@ -83,8 +83,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _unsafe(settings: Settings) -> list[str]:
-    """Reasons why these (well-formed) settings must not be served."""
+def _safety_problems(settings: Settings) -> list[str]:
+    """The reasons why it is unsafe to start with these settings, although each is valid."""
     if is_loopback(settings.gateway_host):
         return []
     problems = []
@@ -95,7 +95,7 @@ def _unsafe(settings: Settings) -> list[str]:
     if not any(values for _, values in keys) and not settings.allow_unauthenticated:
         problems.append(
             "GATEWAY_API_KEY: is empty, but GATEWAY_HOST is reachable from other machines"
-            " (example: app:s3cr3t, or ALLOW_UNAUTHENTICATED=true to serve everybody)"
+            " (example: app:s3cr3t, or ALLOW_UNAUTHENTICATED=true to serve everyone)"
         )
     problems += [
         f"{variable}: is a well-known placeholder (example: {_example(variable)})"

@@ -1,4 +1,8 @@
-"""Parsers from the text of a variable to its value; each raises ValueError with the fault."""
+"""Parsers that convert the text of a variable to its value.
+
+Each raises ValueError with a message that is shown after the name of the variable and contains no
+secret.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ _API_TOKEN = re.compile(r"sk-lm-[A-Za-z0-9]{8}:[A-Za-z0-9]{20}")
 
 @dataclass(frozen=True)
 class Key:
-    """An accepted key and the name under which its requests are recorded."""
+    """A valid key and the name under which its requests are recorded."""
 
     name: str
     secret: str
@@ -24,14 +28,11 @@ class Key:
 
 @dataclass(frozen=True)
 class AddressSet:
-    """A list of networks, perhaps with ``*`` (everybody) or ``unix`` (peers on a Unix socket)."""
+    """A set of networks, and optionally everybody (``*``) or peers on a Unix socket (``unix``)."""
 
     networks: tuple[Network, ...] = ()
     everybody: bool = False
     unix: bool = False
-
-
-# Parsers -------------------------------------------------------------------------------------
 
 
 def base_url(text: str) -> str:
@@ -50,9 +51,9 @@ def base_url(text: str) -> str:
     if port == 0:
         raise ValueError("has a bad port")
     if parts.query or parts.fragment or parts.path.rstrip("/") not in ("", "/v1"):
-        raise ValueError("must be the server's root, without a path")
+        raise ValueError("must be the root of the server, without a path or query")
     if re.search(r"[\s\x00-\x1f]", text):
-        raise ValueError("contains white space")
+        raise ValueError("contains whitespace or control characters")
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -65,7 +66,7 @@ def api_token(text: str) -> str:
 def host(text: str) -> str:
     if text.startswith("unix:"):
         if len(text) == len("unix:"):
-            raise ValueError("names no socket path")
+            raise ValueError("is missing the path of the socket")
         return text
     if not text or re.search(r"[\s/]", text):
         raise ValueError("is not a host name or address")
@@ -86,7 +87,7 @@ def milliseconds(text: str) -> float:
 
 
 def timeout(text: str) -> float | None:
-    """Milliseconds, 0 for no limit."""
+    """Milliseconds to seconds; 0 means no limit."""
     return milliseconds(text) or None
 
 
@@ -109,16 +110,16 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
 
 def parse_keys(text: str) -> tuple[Key, ...]:
-    """``key`` or ``name:key``, comma-separated; a nameless key is called ``key-<position>``."""
+    """Comma-separated ``key`` or ``name:key``; a key without a name is called ``key-POSITION``."""
     keys = []
     for position, item in enumerate(_items(text), start=1):
         name, colon, secret = item.partition(":")
         if not colon:
             name, secret = f"key-{position}", item
         if not _KEY_NAME.fullmatch(name):
-            raise ValueError(f"item {position}: a name has letters, digits, '.', '_' and '-' only")
+            raise ValueError(f"item {position}: a name has 1-64 letters, digits, '.', '_' or '-'")
         if not re.fullmatch(r"[\x21-\x7e]+", secret):
-            raise ValueError(f"item {position}: a key is one or more visible ASCII characters")
+            raise ValueError(f"item {position}: a key consists of visible ASCII characters")
         keys.append(Key(name, secret))
     return tuple(keys)
 
@@ -146,7 +147,7 @@ def origins(text: str) -> frozenset[str]:
         parts = _split(origin)
         exact = origin == f"{parts.scheme}://{parts.netloc}" and "@" not in origin
         if parts.scheme not in ("http", "https") or not parts.hostname or not exact:
-            raise ValueError(f"{origin!r} is not an origin (scheme://host[:port], nothing behind)")
+            raise ValueError(f"{origin!r} is not an origin (scheme://host[:port] without a path)")
     return frozenset(origins)
 
 
@@ -156,7 +157,7 @@ def state_url(text: str) -> str:
     parts = _split(text)
     if parts.scheme == "sqlite":
         if not text.startswith("sqlite:///") or text == "sqlite:///":
-            raise ValueError("a SQLite state is sqlite:/// and a file path")
+            raise ValueError("must be sqlite:/// followed by a file path")
         return text
     if parts.scheme in ("redis", "rediss", "unix"):
         return text
@@ -167,7 +168,7 @@ def _split(text: str) -> SplitResult:
     try:
         return urlsplit(text)
     except ValueError:
-        # its own message would tell the URL, and with it a password
+        # the original message contains the URL, which may contain a password
         raise ValueError("is not a URL") from None
 
 

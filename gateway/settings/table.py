@@ -1,4 +1,5 @@
-"""The settings as one declared table, which feeds parsing, error lines and documentation tests."""
+"""Declares every setting in one table; parsing, error messages and the tests of the documentation
+are based on it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from gateway.settings.parsers import AddressSet, Key
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table. ``parse`` raises ValueError with the fault, never with a secret."""
+    """One row of the table. For ``parse``, see :mod:`.parsers`."""
 
     variable: str
     default: str
@@ -27,7 +28,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Settings:
-    """The parsed settings; the attribute of ``NAME`` is ``name``. Times are in seconds."""
+    """The parsed settings; the attribute for ``NAME`` is ``name``. Times are in seconds."""
 
     lmstudio_base_url: str
     lmstudio_api_token: str
@@ -57,14 +58,14 @@ TABLE: tuple[Setting, ...] = (
         "http://127.0.0.1:1234",
         parsers.base_url,
         "http://127.0.0.1:1234",
-        "LM Studio's server",
+        "address of LM Studio's server",
     ),
     Setting(
         "LMSTUDIO_API_TOKEN",
         "",
         parsers.api_token,
         "sk-lm-AAAAAAAA:BBBBBBBBBBBBBBBBBBBB",
-        "token of an LM Studio with Require Authentication on",
+        "token for an LM Studio that requires authentication",
     ),
     Setting("GATEWAY_HOST", "127.0.0.1", parsers.host, "127.0.0.1", "bind address"),
     Setting("GATEWAY_PORT", "8002", parsers.integer(0, 65535), "8002", "bind port"),
@@ -81,7 +82,7 @@ TABLE: tuple[Setting, ...] = (
         "false",
         parsers.boolean,
         "true",
-        "start on a reachable address without any key",
+        "allow to start on a reachable address without any key",
     ),
     Setting("IP_ALLOWLIST", "*", parsers.addresses("*"), "192.168.0.0/16,::1", "who may connect"),
     Setting(
@@ -89,7 +90,7 @@ TABLE: tuple[Setting, ...] = (
         "",
         parsers.addresses("unix"),
         "127.0.0.1,unix",
-        "proxies whose X-Forwarded-For is believed",
+        "proxies whose X-Forwarded-For is trusted",
     ),
     Setting(
         "REQUIRE_AUTH_FOR_HEALTH", "false", parsers.boolean, "false", "whether /health needs a key"
@@ -97,8 +98,10 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "LOG_LEVEL", "info", parsers.choice("error", "warn", "info", "debug"), "info", "verbosity"
     ),
-    Setting("LOG_FORMAT", "text", parsers.choice("text", "json"), "text", "form of the log lines"),
-    Setting("PROXY_TIMEOUT", "120000", parsers.timeout, "120000", "ms for a plain exchange"),
+    Setting("LOG_FORMAT", "text", parsers.choice("text", "json"), "text", "format of log lines"),
+    Setting(
+        "PROXY_TIMEOUT", "120000", parsers.timeout, "120000", "ms for a non-streaming exchange"
+    ),
     Setting("PROXY_STREAM_TIMEOUT", "0", parsers.timeout, "0", "ms of silence allowed in a stream"),
     Setting(
         "MAX_BODY_BYTES",
@@ -110,7 +113,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "SDK_MAX_ATTEMPTS", "3", parsers.integer(1, 100), "3", "connection attempts to LM Studio"
     ),
-    Setting("SDK_RETRY_DELAY", "2000", parsers.milliseconds, "2000", "ms between the attempts"),
+    Setting("SDK_RETRY_DELAY", "2000", parsers.milliseconds, "2000", "ms between two attempts"),
     Setting(
         "STATE_URL",
         "",

@@ -1,7 +1,8 @@
-"""What all workers share: the active model, the event log, the requests in flight.
+"""The state that all workers share: the active model, the event log, the operations in flight.
 
-:mod:`.store` declares what a store offers and is the file to read first; :mod:`.sqlite` serves the
-workers of one machine, :mod:`.redis` several machines. :func:`open_store` chooses by ``STATE_URL``.
+:mod:`.store` declares what a store offers and is the file to read first; :mod:`.sqlite` implements
+it for the workers of one machine, :mod:`.redis` for several machines. :func:`open_store` chooses by
+``STATE_URL``.
 
 This package must not know about Flask, about HTTP or about LM Studio.
 """

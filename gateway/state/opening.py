@@ -1,4 +1,4 @@
-"""Which store ``STATE_URL`` names."""
+"""Opens the store that ``STATE_URL`` names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from gateway.state.store import SharedStore, StoreError
 
 
 def open_store(url: str, instance_path: str) -> SharedStore:
-    """The store that ``STATE_URL`` names; empty: ``state.db`` in Flask's instance folder.
+    """Open the store that ``STATE_URL`` names.
 
-    Raises :class:`StoreError` when it can't be opened.
+    An empty URL means ``state.db`` in Flask's instance folder. Raises :class:`StoreError` when the
+    store can't be opened.
     """
     path = sqlite_path(url, instance_path)
     if path is None:
-        # the Redis client is an optional dependency
+        # only Redis needs its client, an optional dependency
         from gateway.state.redis import RedisStore
 
         return RedisStore(url)
@@ -27,7 +28,10 @@ def open_store(url: str, instance_path: str) -> SharedStore:
 
 
 def sqlite_path(url: str, instance_path: str) -> Path | None:
-    """The file of a SQLite ``STATE_URL`` (empty: in the instance folder); None for another kind."""
+    """The file that a ``STATE_URL`` names, or None if it does not name a SQLite store.
+
+    An empty URL means ``state.db`` in the instance folder.
+    """
     if not url:
         return Path(instance_path, "state.db")
     return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:") else None

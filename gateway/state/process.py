@@ -1,4 +1,4 @@
-"""Which processes are alive, told apart from later ones with the same number."""
+"""Identifies processes beyond their number, which a later process may reuse."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import sys
 import time
 from pathlib import Path
 
-#: What tells this process from another one with its number, on Windows.
+#: The birth of this process on Windows, where /proc does not exist.
 _BORN = time.time_ns()
 
 
 def birth(pid: int) -> int:
-    """When a process started, in clock ticks, which tells it from a later one with its number;
-    -1 for a dead one, 0 where the system does not tell (no /proc)."""
+    """When a process started, in clock ticks since boot (``starttime`` of proc(5)).
+
+    It distinguishes the process from a later one with the same number. A dead process has -1; every
+    living one has 0 on systems without /proc.
+    """
     if sys.platform == "win32":
-        # os.kill(pid, 0) would end it; a single process serves there
+        # os.kill(pid, 0) would end the process; the gateway has a single one there
         return _BORN if pid == os.getpid() else -1
     try:
         os.kill(pid, 0)
@@ -27,5 +30,5 @@ def birth(pid: int) -> int:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
-    # the name, in brackets, may hold anything; the start time is the 20th field behind it
+    # the process name, in parentheses, may contain anything; starttime is the 20th field after it
     return int(status[status.rindex(")") + 2 :].split()[19])

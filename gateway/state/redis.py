@@ -1,8 +1,9 @@
-"""The shared state in Redis: several workers on several machines.
+"""The shared state in Redis, for the workers of several machines.
 
-Events are a Redis Stream whose ids are whole numbers handed out by one Lua script, so that they are
-strictly increasing and without holes. A change of the active model is announced by publish, and the
-announcing worker waits until each worker that heard it has said so: from its answer on, all agree.
+Events are a Redis stream whose ids are whole numbers handed out by one Lua script, so that they
+increase strictly and have no holes. A change of the active model is announced by PUBLISH, and the
+announcing worker waits until every subscriber has acknowledged it: from its response on, all
+workers agree.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ WORKERS = PREFIX + "workers"
 COUNTERS = PREFIX + "counters"
 CHANGES = PREFIX + "changes"
 
-#: Seconds for one command.
+#: Seconds that one command may take.
 COMMAND_TIMEOUT = 2.0
-#: Seconds that the other workers get to notice a change of the active model.
-AGREE_TIMEOUT = 1.0
-#: Seconds without a sign of life after which a worker counts as dead, and between two signs.
-ALIVE_SECONDS = 5
-SIGN_SECONDS = 1.0
-#: Counters of a gateway that has not told any for this long are not added any more.
+#: Seconds that the other workers have to acknowledge a change of the active model.
+ACKNOWLEDGE_TIMEOUT = 1.0
+#: Seconds without a heartbeat after which a worker counts as dead, and between two heartbeats.
+DEAD_SECONDS = 5
+HEARTBEAT_SECONDS = 1.0
+#: Seconds after which the counters of a gateway that no longer shares them expire.
 COUNTERS_SECONDS = 15
-#: How many of the newest events of a type can be asked for.
+#: How many of the newest events of a type :meth:`RedisStore.latest` can return.
 KEPT_LATEST = 1000
 
 _T = TypeVar("_T")
 
-#: KEYS: sequence, events. ARGV: most events, then type and data of each event.
+#: Appends events. KEYS: sequence, events. ARGV: how many events to keep, then type and data of each
+#: new event.
 _APPEND = """
 for i = 2, #ARGV, 2 do
   local id = redis.call('INCR', KEYS[1])
@@ -56,7 +58,7 @@ end
 return 1
 """
 #: Removes dead workers and returns what they had in flight. KEYS: in flight, workers. ARGV: each
-#: dead worker and its last sign of life, which must still be the last.
+#: dead worker and its last heartbeat, which must still be the last.
 _TAKE_LOST = """
 local dead, lost = {}, {}
 for i = 1, #ARGV, 2 do
@@ -79,9 +81,9 @@ return lost
 
 
 class RedisStore:
-    """See :class:`gateway.store.SharedStore`."""
+    """A :class:`.store.SharedStore` for workers on any number of machines."""
 
-    many_machines = True
+    multi_machine = True
 
     def __init__(self, url: str) -> None:
         try:
@@ -92,27 +94,28 @@ class RedisStore:
             raise StoreError("STATE_URL is not a Redis URL") from None
         self.machine = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._worker = f"{self.machine}-{os.getpid()}-{secrets.token_hex(4)}"
-        # one for all workers of a gateway: they are children of one master
+        # one key for all workers of a gateway, which share a parent process
         self._counters = f"{COUNTERS}:{socket.gethostname()}:{os.getppid()}"
-        #: Of each worker the newest sign of life and when it was new (time.monotonic()): whoever
-        #: shows the same for too long is dead. Redis' own expiry would go by its wall clock.
-        self._signs: dict[bytes, tuple[bytes, float]] = {}
-        self._looked = -math.inf
-        # publish knows no database numbers
+        #: The last heartbeat of each worker and when it was first seen (time.monotonic()). A worker
+        #: whose heartbeat stays the same for too long is dead. An expiry in Redis would depend on
+        #: the wall clock.
+        self._heartbeats: dict[bytes, tuple[bytes, float]] = {}
+        self._checked_at = -math.inf
+        # channels are not separated by database number
         database = self._redis.connection_pool.connection_kwargs.get("db") or 0
         self._changes = f"{CHANGES}:{database}"
         self._active: Active | None = None
-        self._listening = Event()
+        self._active_known = Event()
         self._append = self._redis.register_script(_APPEND)
         self._take_lost = self._redis.register_script(_TAKE_LOST)
-        self._tasks = [gevent.spawn(self._listen), gevent.spawn(self._show_life)]
+        self._tasks = [gevent.spawn(self._listen), gevent.spawn(self._send_heartbeats)]
 
     def active(self) -> Active | None:
-        # the first request of a worker waits until the worker knows; a Redis that is away is
-        # waited for once only
-        if not self._listening.is_set():
-            self._listening.wait(COMMAND_TIMEOUT)
-            self._listening.set()
+        # the first request waits until the active model is known, but only once: without Redis,
+        # later requests must not wait again
+        if not self._active_known.is_set():
+            self._active_known.wait(COMMAND_TIMEOUT)
+            self._active_known.set()
         return self._active
 
     def set_active(self, active: Active | None) -> None:
@@ -125,9 +128,9 @@ class RedisStore:
             pipe.publish(self._changes, nonce)
             return cast(int, pipe.execute()[1])
 
-        heard = self._try(change)
+        subscribers = self._try(change)
         self._active = active
-        self._try(lambda: self._await_all(acknowledgements, heard))
+        self._try(lambda: self._await_acknowledgements(acknowledgements, subscribers))
 
     def append(self, batch: Batch) -> None:
         arguments: list[Any] = [MAX_EVENTS]
@@ -178,19 +181,19 @@ class RedisStore:
         self._try(lambda: self._redis.xread({EVENTS: f"{last_id}-0"}, count=1, block=milliseconds))
 
     def in_flight(self) -> list[dict[str, Any]]:
-        running = self._try(lambda: self._redis.hgetall(IN_FLIGHT))
-        entries = [value.split(b" ", 1) for value in running.values()]
-        dead = self._dead()
+        in_flight = self._try(lambda: self._redis.hgetall(IN_FLIGHT))
+        entries = [value.split(b" ", 1) for value in in_flight.values()]
+        dead = self._dead_workers()
         found = [json.loads(data) for worker, data in entries if worker not in dead]
         return sorted(found, key=lambda entry: float(entry["startedAt"]))
 
     def take_lost(self) -> list[dict[str, Any]]:
-        dead = self._dead()
+        dead = self._dead_workers()
         if not dead:
             self.ping()
             return []
-        signs = [text for pair in dead.items() for text in pair]
-        lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT, WORKERS], args=signs))
+        arguments = [text for pair in dead.items() for text in pair]
+        lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT, WORKERS], args=arguments))
         return [json.loads(data) for data in lost]
 
     def share_counters(self, counters: dict[str, float]) -> None:
@@ -215,15 +218,15 @@ class RedisStore:
             self._redis.delete(self._counters)
         self._redis.close()
 
-    def _await_all(self, acknowledgements: str, heard: int) -> None:
-        """Wait for everybody who heard of a change (ourselves among them)."""
-        with gevent.Timeout(AGREE_TIMEOUT, False):
-            for _ in range(heard):
-                self._redis.blpop([acknowledgements], timeout=AGREE_TIMEOUT)
+    def _await_acknowledgements(self, acknowledgements: str, subscribers: int) -> None:
+        """Wait until every subscriber, this worker among them, has acknowledged a change."""
+        with gevent.Timeout(ACKNOWLEDGE_TIMEOUT, False):
+            for _ in range(subscribers):
+                self._redis.blpop([acknowledgements], timeout=ACKNOWLEDGE_TIMEOUT)
         self._redis.delete(acknowledgements)
 
     def _listen(self) -> None:
-        """Follow the changes of the active model, for the life of the worker."""
+        """Follow the changes of the active model, reconnecting for the life of the worker."""
         while True:
             try:
                 pubsub = self._redis.pubsub(ignore_subscribe_messages=False)
@@ -238,13 +241,13 @@ class RedisStore:
             message = pubsub.get_message(timeout=COMMAND_TIMEOUT / 2)
             if message is None:
                 continue
-            # the subscription itself comes as a message: from here on nothing is missed
+            # the first message confirms the subscription: no later change is missed
             if self._active is not None:
-                # a Redis that lost its data gets it back (a deactivation is stored as "null")
+                # restore the value if Redis lost its data (a deactivation is stored as "null")
                 self._redis.set(ACTIVE, self._active.to_json(), nx=True)
             stored = self._redis.get(ACTIVE)
             self._active = Active.from_json(stored) if stored else None
-            self._listening.set()
+            self._active_known.set()
             if message["type"] == "message":
                 acknowledgements = f"{PREFIX}ack:{message['data'].decode()}"
                 pipe = self._redis.pipeline()
@@ -252,42 +255,46 @@ class RedisStore:
                 pipe.expire(acknowledgements, 10)
                 pipe.execute()
 
-    def _show_life(self) -> None:
+    def _send_heartbeats(self) -> None:
         while True:
             with suppress(redis.RedisError):
                 pipe = self._redis.pipeline()
                 pipe.hset(WORKERS, self._worker, time.monotonic())
                 pipe.hgetall(WORKERS)
-                self._look(pipe.execute()[1])
-            gevent.sleep(SIGN_SECONDS)
+                self._check_heartbeats(pipe.execute()[1])
+            gevent.sleep(HEARTBEAT_SECONDS)
 
-    def _look(self, signs: dict[bytes, bytes]) -> None:
-        """Note when each worker's sign of life changed."""
+    def _check_heartbeats(self, heartbeats: dict[bytes, bytes]) -> None:
+        """Note when the heartbeat of each worker last changed."""
         now = time.monotonic()
-        # after a while in which Redis or this process was away, all get time to show life anew
-        known = {} if self._is_blind() else self._signs
-        self._looked = now
-        self._signs = {
-            worker: known[worker] if known.get(worker, (b"",))[0] == sign else (sign, now)
-            for worker, sign in signs.items()
+        # after an outage of Redis or of this process, every worker gets the full time again
+        known = {} if self._heartbeats_outdated() else self._heartbeats
+        self._checked_at = now
+        self._heartbeats = {
+            worker: known[worker] if known.get(worker, (b"",))[0] == heartbeat else (heartbeat, now)
+            for worker, heartbeat in heartbeats.items()
         }
 
-    def _is_blind(self) -> bool:
-        return time.monotonic() - self._looked > 2 * SIGN_SECONDS
+    def _heartbeats_outdated(self) -> bool:
+        return time.monotonic() - self._checked_at > 2 * HEARTBEAT_SECONDS
 
-    def _dead(self) -> dict[bytes, bytes]:
-        """The workers without a new sign of life for too long, and their last ones."""
-        if self._is_blind():
+    def _dead_workers(self) -> dict[bytes, bytes]:
+        """The workers without a new heartbeat for DEAD_SECONDS, with their last one."""
+        if self._heartbeats_outdated():
             return {}
-        latest = time.monotonic() - ALIVE_SECONDS
-        return {worker: sign for worker, (sign, new) in self._signs.items() if new < latest}
+        latest = time.monotonic() - DEAD_SECONDS
+        return {
+            worker: heartbeat
+            for worker, (heartbeat, seen_at) in self._heartbeats.items()
+            if seen_at < latest
+        }
 
     def _try(self, work: Callable[[], _T]) -> _T:
         try:
             return work()
         except redis.RedisError as error:
-            fault = str(error).rstrip(".")
-            raise StoreError(f"The shared state in Redis can't be used: {fault}.") from None
+            reason = str(error).rstrip(".")
+            raise StoreError(f"The shared state in Redis is unavailable: {reason}.") from None
 
 
 def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> StoredEvent:

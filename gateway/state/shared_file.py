@@ -1,4 +1,4 @@
-"""A few bytes that all worker processes see without a system call."""
+"""A few bytes that all worker processes read without a system call."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 
 class SharedFile:
-    """A few bytes that all workers see. ``view`` is mapped memory; writing is a call, as a mapped
-    page that the disk does not take would be the process's death and not an OSError."""
+    """A small file that every worker maps into memory as ``view``.
+
+    Writing is a system call all the same: a mapped page that can't reach a full disk would kill the
+    process instead of raising OSError.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
         try:
@@ -18,7 +21,7 @@ class SharedFile:
         except OSError as error:
             if error.errno != errno.EROFS or not path.exists():
                 raise
-            # the disk became read-only while the gateway runs: a new worker reads at least
+            # the disk became read-only while the gateway runs: a new worker can still read
             self._handle = os.open(path, os.O_RDONLY)
         try:
             if os.fstat(self._handle).st_size < size:
@@ -28,9 +31,9 @@ class SharedFile:
             os.close(self._handle)
             raise
 
-    def write(self, at: int, data: bytes) -> None:
-        """Raises OSError."""
-        os.pwrite(self._handle, data, at)
+    def write(self, offset: int, data: bytes) -> None:
+        """Write ``data`` at ``offset``. Raises OSError."""
+        os.pwrite(self._handle, data, offset)
 
     def close(self) -> None:
         self.view.close()

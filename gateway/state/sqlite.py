@@ -20,23 +20,23 @@ from gateway.state.process import birth
 from gateway.state.shared_file import SharedFile
 from gateway.state.store import MAX_AGE_SECONDS, MAX_EVENTS, Active, Batch, StoredEvent, StoreError
 
-#: What ages are measured by: seconds since the machine started, which no change of its clock moves.
-#: An event from before the last start has a greater number or is at least as old as it seems.
+#: The clock by which events age, in seconds since boot: setting the time of day does not move it.
+#: An event from before the last boot has a greater number, or is at least as old as it seems.
 _LOG_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _T = TypeVar("_T")
 
 
 class SqliteStore:
-    """One machine, any number of workers: a SQLite file in WAL mode and a small shared file.
+    """A :class:`.store.SharedStore` for any number of workers on one machine.
 
-    The shared file holds a random token that changes after each change of the active model, and the
-    id of the newest event: a glance at it tells whether there is something to read.
+    The shared file holds a random token that changes with the active model, and the id of the
+    newest event, so checking for changes costs neither a query nor a system call.
     """
 
-    #: Seconds between two glances of a tailer.
+    #: Seconds between two checks for new events.
     POLL_SECONDS = 0.03
-    many_machines = False
+    multi_machine = False
     _TOKEN = slice(0, 16)
     _NEWEST = struct.Struct("<q")
     _NEWEST_AT = 16
@@ -48,22 +48,22 @@ class SqliteStore:
         self._lock = threading.Lock()
         self._database = open_sqlite(path)
         self._database.executescript(_SCHEMA)
-        # Writing has a connection and a real thread of its own: a slow disk or another's lock
-        # delays neither inference nor other greenlets.
+        # The log has a connection and a real thread of its own, so that neither a slow disk nor
+        # another worker's lock delays inference or other greenlets.
         self._log = open_sqlite(path)
         self._thread = ThreadPool(1)
         self._shared = SharedFile(path.with_name(path.name + "-shared"), self._SHARED_BYTES)
-        self._seen: bytes | None = None
+        self._token: bytes | None = None
         self._active: Active | None = None
 
     def active(self) -> Active | None:
         token = self._shared.view[self._TOKEN]
-        if token != self._seen:
+        if token != self._token:
             try:
                 self._active = self._read_active()
-                self._seen = token
+                self._token = token
             except sqlite3.Error:
-                # the last known one, until it can be read: a sick disk must not stop inference
+                # keep the last known one until it can be read: a bad disk must not stop inference
                 return self._active
         return self._active
 
@@ -108,7 +108,7 @@ class SqliteStore:
         return lost
 
     def share_counters(self, counters: dict[str, float]) -> None:
-        """There is no other machine."""
+        """Do nothing: there is no other machine."""
 
     def other_counters(self) -> list[dict[str, float]]:
         return []
@@ -128,7 +128,7 @@ class SqliteStore:
         return Active.from_json(row[0]) if row else None
 
     def _set_active(self, value: str) -> None:
-        """In the log's thread."""
+        """Runs in the log's thread."""
         self._log.execute(
             "INSERT INTO state VALUES ('active', ?)"
             " ON CONFLICT (name) DO UPDATE SET value = excluded.value",
@@ -137,7 +137,7 @@ class SqliteStore:
         self._shared.write(0, os.urandom(16))
 
     def _append(self, batch: Batch) -> None:
-        """In the log's thread: one transaction."""
+        """Runs in the log's thread, as one transaction."""
         log = self._log
         now = time.clock_gettime(_LOG_CLOCK)
         with log:
@@ -153,13 +153,13 @@ class SqliteStore:
             )
             log.executemany("DELETE FROM in_flight WHERE id = ?", [(key,) for key in batch.ended])
             [(newest,)] = log.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
-            # every so often only: the bound is not exact
+            # only every 512 events: the bound need not be exact
             if newest // 512 != (newest - len(batch.events)) // 512:
                 log.execute(
                     "DELETE FROM events WHERE id <= ? OR at < ?",
                     (newest - MAX_EVENTS, now - MAX_AGE_SECONDS),
                 )
-        with suppress(OSError):  # the events are written: readers find them without the hint too
+        with suppress(OSError):  # the events are written; readers find them without the hint too
             self._shared.write(self._NEWEST_AT, self._NEWEST.pack(newest))
 
     def _newest(self) -> int:
@@ -171,7 +171,7 @@ class SqliteStore:
 
     def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
         def guarded() -> tuple[Any, Exception | None]:
-            # an error that leaves the thread would also be printed with its traceback
+            # gevent prints the traceback of any exception that escapes from its threads
             try:
                 return work(*arguments), None
             except (sqlite3.Error, OSError) as error:
@@ -179,7 +179,7 @@ class SqliteStore:
 
         result, error = self._thread.apply(guarded)
         if error is not None:
-            raise StoreError(f"The shared state can't be used: {error}.")
+            raise StoreError(f"The shared state is unavailable: {error}.")
         return cast(_T, result)
 
 
@@ -195,7 +195,10 @@ CREATE TABLE IF NOT EXISTS in_flight (
 
 
 def open_sqlite(path: Path) -> sqlite3.Connection:
-    """Open (and make) the state's database. Raises OSError or sqlite3.Error."""
+    """Open the database of a SQLite store, creating it if needed.
+
+    Raises OSError or sqlite3.Error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     database = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     database.execute("PRAGMA journal_mode=WAL")

@@ -1,6 +1,6 @@
-"""What a store of shared state offers, and the values that it holds.
+"""The interface of a store of shared state, and the values that it holds.
 
-:meth:`SharedStore.active` is on the path of every inference request and reads memory only.
+:meth:`SharedStore.active` is called for every inference request, so it only reads memory.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any, NamedTuple, Protocol
 
 from gateway.errors import GatewayError
 
-#: The log keeps this many events, and none older than a day.
+#: The log keeps about this many events, and none older than a day.
 MAX_EVENTS = 10_000
 MAX_AGE_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
 class Active:
-    """The active model: what is injected where a request names none."""
+    """The active model, which is injected into requests that name none."""
 
     model_key: str
     instance_id: str | None
     #: ``llm`` or ``embedding``.
     model_type: str
-    #: ``defaultInference`` as validated: contract names, plain values.
+    #: ``defaultInference`` as validated, under its names in the API.
     default_inference: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
-        """What goes into ``model``: the instance if one is named, else the key."""
+        """The value for ``model`` in requests: the instance id if there is one, else the key."""
         return self.instance_id or self.model_key
 
     @cached_property
@@ -68,62 +68,66 @@ class StoredEvent(NamedTuple):
 
 @dataclass
 class Batch:
-    """What a worker appends at once: events, and which operations began or ended with them."""
+    """What a worker appends at once: events, and the operations that begin or end with them."""
 
+    #: Type and data of each event; the data is a JSON object in one line.
     events: list[tuple[str, bytes]] = field(default_factory=list)
-    #: Operation id → JSON of what /debug/status shows while it runs.
+    #: Operation id → the JSON object that /debug/status shows while the operation is in flight.
     begun: dict[str, bytes] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
 
 
 class SharedStore(Protocol):
-    """What every implementation offers. All but ``active`` may raise :class:`StoreError`."""
+    """The interface of a store. All methods but ``active`` may raise :class:`StoreError`."""
 
-    #: Whether other machines may share this state, and so want to be told the counters.
-    many_machines: bool
+    #: Whether other machines may share this state and need this machine's counters.
+    multi_machine: bool
 
     def active(self) -> Active | None:
-        """The active model as of the last answered change by any worker."""
+        """The active model, as set by the last :meth:`set_active` that returned in any worker."""
 
     def set_active(self, active: Active | None) -> None:
-        """Change the active model for every worker before this returns."""
+        """Change the active model; every worker uses the new one when this returns."""
 
     def append(self, batch: Batch) -> None:
-        """Add events to the log, in order, and note what is in flight."""
+        """Append events to the log, in order, and update what is in flight."""
 
     def after(self, last_id: int, limit: int) -> list[StoredEvent]:
-        """The events behind ``last_id``, oldest first."""
+        """Up to ``limit`` events with ids above ``last_id``, oldest first."""
 
     def span(self) -> tuple[int, int]:
-        """Ids of the oldest and the newest event of the log; of an empty one (n + 1, n)."""
+        """The ids of the oldest and the newest event in the log; (n + 1, n) if it is empty."""
 
     def latest(self, event_type: str, count: int) -> list[dict[str, Any]]:
         """The data of the newest events of a type, newest first."""
 
     def wait(self, last_id: int, timeout: float) -> None:
-        """Return when there may be events behind ``last_id``, or after ``timeout`` s."""
+        """Return when there may be events after ``last_id``, or after ``timeout`` seconds."""
 
     def in_flight(self) -> list[dict[str, Any]]:
-        """What runs now in any living worker, oldest first."""
+        """The operations in flight in all living workers, oldest first."""
 
     def take_lost(self) -> list[dict[str, Any]]:
-        """Remove and return what was in flight in workers that have died."""
+        """Remove and return the operations that were in flight in workers that have died.
+
+        Each is returned to one caller only, in whatever worker.
+        """
 
     def share_counters(self, counters: dict[str, float]) -> None:
-        """Tell the other machines this machine's counters."""
+        """Make this machine's counters available to the other machines."""
 
     def other_counters(self) -> list[dict[str, float]]:
-        """The counters of the other machines."""
+        """The counters of the other machines, one dictionary each."""
 
     def ping(self) -> None:
-        """Raise StoreError when the store does not answer."""
+        """Raise :class:`StoreError` if the store does not respond."""
 
     def close(self) -> None:
         """Release files and connections."""
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one; what began and ended in between never was in flight."""
+    """Merge batches into one, without the operations that both begin and end in them."""
     whole = Batch()
     for batch in batches:
         whole.events += batch.events

@@ -1,4 +1,4 @@
-"""The access log: one line a request, whole, in both forms; no secrets, no forgeries."""
+"""The access log has one complete line per request in both formats, and clients can't forge any."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEMBERS = (
     | {"completionTokens", "cancelled"}
 )
 DETAILS = {"sentToLmStudioMs", "headMs", "firstByteMs", "endedMs"}
-#: Of a request that is no exchange.
+#: The members of a line about a request that is not an inference exchange.
 PLAIN_MEMBERS = MEMBERS - (
     {"modelAsked", "model", "stream", "queueMs", "ttftMs", "promptTokens", "completionTokens"}
     | {"cancelled"}
@@ -32,8 +32,8 @@ PLAIN_MEMBERS = MEMBERS - (
 Launch = Callable[..., Gateway]
 
 
-class Logged:
-    """Gateways by the form and the level of their log, each with some requests behind it."""
+class LoggingGateways:
+    """Gateways by the format and the level of their log, each after a few requests."""
 
     def __init__(self, folder: Path, lmstudio: str) -> None:
         self._folder, self._lmstudio = folder, lmstudio
@@ -46,50 +46,52 @@ class Logged:
             keys = {"GATEWAY_API_KEY": f"alice:{KEY}", "WEB_CONCURRENCY": 1}
             gateway = Gateway(folder, self._lmstudio, **log, **keys)
             self.started[form, level] = gateway
-            do_some(gateway)
+            send_requests(gateway)
         return self.started[form, level]
 
 
 @pytest.fixture(scope="module")
-def gateways(shared_simulator: Simulator, tmp_path_factory: Any) -> Iterator[Logged]:
-    logged = Logged(tmp_path_factory.mktemp("logs"), shared_simulator.url)
-    yield logged
-    for gateway in logged.started.values():
+def gateways(shared_simulator: Simulator, tmp_path_factory: Any) -> Iterator[LoggingGateways]:
+    gateways = LoggingGateways(tmp_path_factory.mktemp("logs"), shared_simulator.url)
+    yield gateways
+    for gateway in gateways.started.values():
         gateway.stop()
+
+
+def named(request_id: str, **headers: str) -> dict[str, str]:
+    """The headers of a request with this id."""
+    return {**INFERENCE, "X-Request-Id": request_id, **headers}
 
 
 def chat(gateway: Gateway, request_id: str, stream: bool = False, **headers: str) -> Any:
     body: dict[str, Any] = {"messages": MESSAGES, "stream": stream}
-    told = {**INFERENCE, "X-Request-Id": request_id, **headers}
-    return gateway.post(CHAT, body, headers=told)
+    return gateway.post(CHAT, body, headers=named(request_id, **headers))
 
 
 def lines(gateway: Gateway) -> list[str]:
     return [line for line in gateway.logged().splitlines() if "gateway.access" in line]
 
 
-def about(gateway: Gateway, request_id: str) -> str:
-    """The one line of a request."""
+def line_of(gateway: Gateway, request_id: str) -> str:
+    """The only line of a request."""
     found: list[str] = eventually(lambda: [o for o in lines(gateway) if request_id in o], 20)
     assert len(found) == 1
     return found[0]
 
 
-def do_some(gateway: Gateway) -> None:
+def send_requests(gateway: Gateway) -> None:
     activate = {"modelKey": MODEL}
-    told = {**INFERENCE, "X-Request-Id": "of-activate"}
-    assert gateway.post("/admin/models/activate", activate, headers=told).ok
+    assert gateway.post("/admin/models/activate", activate, headers=named("of-activate")).ok
     assert chat(gateway, "of-plain").ok
     assert chat(gateway, "of-stream", stream=True).ok
     assert chat(gateway, "of-fault", **{"X-Simulator-Fault": "refuse-500"}).status_code == 500
-    assert chat(gateway, "of-refused", Authorization="Bearer MARKER-wrong").status_code == 401
-    path = "/health?key=MARKER-query"
-    assert gateway.get(path, headers={**INFERENCE, "X-Request-Id": "of-health"}).ok
+    assert chat(gateway, "of-rejected", Authorization="Bearer MARKER-wrong").status_code == 401
+    assert gateway.get("/health?key=MARKER-query", headers=named("of-health")).ok
 
 
-def test_json_lines_have_the_fields(gateways: Logged) -> None:
+def test_json_lines_have_the_documented_fields(gateways: LoggingGateways) -> None:
     gateway = gateways()
-    plain, stream = (json.loads(about(gateway, one)) for one in ("of-plain", "of-stream"))
+    plain, stream = (json.loads(line_of(gateway, one)) for one in ("of-plain", "of-stream"))
     for entry in (plain, stream):
         assert entry.keys() == MEMBERS
         assert (entry["client"], entry["method"], entry["path"]) == ("alice", "POST", CHAT)
@@ -101,19 +103,19 @@ def test_json_lines_have_the_fields(gateways: Logged) -> None:
         assert entry["bytes"] > 100
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["timestamp"])
     assert [plain["stream"], stream["stream"]] == [False, True]
-    fault = json.loads(about(gateway, "of-fault"))
+    fault = json.loads(line_of(gateway, "of-fault"))
     assert (fault["status"], bool(fault["error"])) == (500, True)
-    for name, status in (("of-activate", 200), ("of-refused", 401), ("of-health", 200)):
-        entry = json.loads(about(gateway, name))
+    for name, status in (("of-activate", 200), ("of-rejected", 401), ("of-health", 200)):
+        entry = json.loads(line_of(gateway, name))
         assert entry["status"] == status
-        assert name == "of-refused" or entry.keys() == PLAIN_MEMBERS
-        # /health asks for no key, so it knows none
+        assert name == "of-rejected" or entry.keys() == PLAIN_MEMBERS
+        # /health needs no key, so the gateway does not look at it
         assert entry["client"] == ("alice" if name == "of-activate" else "")
 
 
-def test_text_lines_have_the_fields(gateways: Logged) -> None:
+def test_text_lines_have_the_documented_fields(gateways: LoggingGateways) -> None:
     gateway = gateways("text")
-    line = about(gateway, "of-stream")
+    line = line_of(gateway, "of-stream")
     head, _, rest = line.partition(f" info gateway.access: POST {CHAT} ")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", head)
     fields = dict(field.split("=", 1) for field in rest.split(" "))
@@ -122,31 +124,33 @@ def test_text_lines_have_the_fields(gateways: Logged) -> None:
     assert fields["client"] == "alice"
     assert (fields["status"], fields["cancelled"], fields["stream"]) == ("200", "false", "true")
     assert (fields["model"], fields["completionTokens"]) == (MODEL, "4")
-    for name in ("of-plain", "of-fault", "of-activate", "of-refused", "of-health"):
-        assert about(gateway, name)
+    for name in ("of-plain", "of-fault", "of-activate", "of-rejected", "of-health"):
+        assert line_of(gateway, name)
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_no_prompt_completion_or_key_is_logged(gateways: Logged, form: str, level: str) -> None:
+def test_no_prompt_completion_or_key_is_logged(
+    gateways: LoggingGateways, form: str, level: str
+) -> None:
     gateway = gateways(form, level)
     gateway.http.post(
         gateway.url + CHAT,
         data='{"messages": "MARKER',
         timeout=20,
-        headers={**INFERENCE, "X-Request-Id": "of-unreadable"},
+        headers=named("of-malformed"),
     )
-    for name in ("plain", "stream", "fault", "refused", "health", "unreadable"):
-        about(gateway, f"of-{name}")
+    for name in ("plain", "stream", "fault", "rejected", "health", "malformed"):
+        line_of(gateway, f"of-{name}")
     logged = gateway.logged()
     assert "MARKER" not in logged
     assert "1 2 3" not in logged
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_debug_adds_the_four_times(gateways: Logged, form: str) -> None:
+def test_debug_adds_the_time_of_each_step(gateways: LoggingGateways, form: str) -> None:
     gateway = gateways(form, "debug")
-    line = about(gateway, "of-stream")
+    line = line_of(gateway, "of-stream")
     if form == "json":
         entry = json.loads(line)
         assert entry.keys() == MEMBERS | DETAILS
@@ -157,16 +161,16 @@ def test_debug_adds_the_four_times(gateways: Logged, form: str) -> None:
     assert times[0] > 0
 
 
-def test_above_info_there_are_no_lines(launch: Launch) -> None:
+def test_above_info_no_lines_are_written(launch: Launch) -> None:
     gateway = launch(LOG_LEVEL="info", GATEWAY_API_KEY=f"alice:{KEY}", WEB_CONCURRENCY=1)
     assert gateway.get("/health", headers=INFERENCE).ok
     gateway.stop()
     assert len(lines(gateway)) == 1
     gateway.environ["LOG_LEVEL"] = "warn"
-    # at this level gunicorn does not tell of its workers either: wait for an answer instead
+    # at this level gunicorn does not log its workers either: wait for a response instead
     gateway._is_up = gateway._answers  # type: ignore[method-assign]
     gateway.start()
-    do_some(gateway)
+    send_requests(gateway)
     gateway.stop()
     assert len(lines(gateway)) == 1
 
@@ -183,7 +187,9 @@ def send_raw(gateway: Gateway, target: bytes, *headers: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_a_client_cannot_forge_lines_or_send_terminal_codes(gateways: Logged, form: str) -> None:
+def test_a_client_cannot_forge_lines_or_send_terminal_codes(
+    gateways: LoggingGateways, form: str
+) -> None:
     gateway = gateways(form)
     forged = b"2026-01-01T00:00:00.000Z%20info%20gateway.access:%20FORGED"
     targets = [
@@ -198,15 +204,14 @@ def test_a_client_cannot_forge_lines_or_send_terminal_codes(gateways: Logged, fo
     ]
     for number, target in enumerate(targets):
         assert send_raw(gateway, target, b"X-Request-Id: odd-%d" % number)
-        about(gateway, f"odd-{number}")
+        line_of(gateway, f"odd-{number}")
     send_raw(gateway, b"/health", b"X-Request-Id: \x1b[31mFORGED")
     body = {"model": "x\n2026 FORGED\x1b[31m\u2028\x85", "messages": MESSAGES}
-    told = {**INFERENCE, "X-Request-Id": "odd-model"}
-    gateway.post(CHAT, body, headers=told)
-    about(gateway, "odd-model")
+    gateway.post(CHAT, body, headers=named("odd-model"))
+    line_of(gateway, "odd-model")
     raw = gateway.log.read_bytes()
     assert b"\x1b" not in raw
-    # line ends of Unicode are line ends of many a viewer
+    # many viewers break lines at the line separators of Unicode too
     text = raw.decode()
     assert text.splitlines() == text.rstrip("\n").split("\n")
     for line in text.splitlines():
@@ -216,18 +221,18 @@ def test_a_client_cannot_forge_lines_or_send_terminal_codes(gateways: Logged, fo
             assert re.match(r"\d{4}-\d\d-\d\dT\S+ \w+ (gateway|gunicorn)\.", line), line
 
 
-def test_a_client_cannot_forge_fields(gateways: Logged) -> None:
+def test_a_client_cannot_forge_fields(gateways: LoggingGateways) -> None:
     gateway = gateways("text")
     targets = [b"/v1/ok%20client=FORGED", b"/nowhere%20client=FORGED", b"/health%20client=FORGED"]
     for number, target in enumerate(targets):
         assert send_raw(gateway, target, b"X-Request-Id: field-%d" % number)
-        about(gateway, f"field-{number}")
+        line_of(gateway, f"field-{number}")
     send_raw(gateway, b"/health", b"X-Request-Id: a\tclient=FORGED")
     send_raw(gateway, b"/health", b"X-Request-Id: a client=FORGED")
     chat(gateway, "field-model", **{"X-Simulator-Fault": "refuse-500"})
-    told = {**INFERENCE, "X-Request-Id": "field-model-2"}
-    gateway.post(CHAT, {"model": "x\tclient=FORGED", "messages": MESSAGES}, headers=told)
-    about(gateway, "field-model-2")
+    body = {"model": "x\tclient=FORGED", "messages": MESSAGES}
+    gateway.post(CHAT, body, headers=named("field-model-2"))
+    line_of(gateway, "field-model-2")
     for line in lines(gateway):
         unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', '""', line)
         assert "FORGED" not in re.findall(r"[\s\x85]client=(\S+)", unquoted), line

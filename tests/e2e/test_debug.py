@@ -1,4 +1,4 @@
-"""/debug/status and /debug/metrics tell one truth over all workers, also after one was killed."""
+"""/debug/status and /debug/metrics cover all workers, and stay right after one is killed."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def chat(stream: bool = False, count: int = 2) -> dict[str, Any]:
 
 
 def ask(gateway: Gateway, path: str = CHAT, **headers: str) -> requests.Response:
-    """Over a connection of its own, so that any worker may serve."""
+    """Send a chat over a new connection, so that any worker may serve it."""
     return requests.post(gateway.url + path, json=chat(), headers=headers, timeout=30)
 
 
-def seen(gateway: Gateway, path: str = "/debug/status") -> Any:
-    """What a worker, not always the same one, says now."""
+def fetch(gateway: Gateway, path: str = "/debug/status") -> Any:
+    """Fetch JSON over a new connection, so that any worker may serve it."""
     return requests.get(gateway.url + path, timeout=30).json()
 
 
 class Stream:
-    """An endless chat over a connection of its own, of which the first token has come."""
+    """An endless chat over its own connection, which has received its first token."""
 
     def __init__(self, gateway: Gateway, request_id: str) -> None:
         self.request_id = request_id
@@ -75,25 +75,25 @@ def shared(
 
 @pytest.fixture
 def observed(shared: Gateway, simulator: Simulator) -> Gateway:
-    """The module's gateway with nothing active and nothing running."""
+    """The module's gateway with no active model and nothing in flight."""
     assert shared.post("/admin/models/deactivate").status_code == 200
-    eventually(lambda: seen(shared)["status"] == "idle", 20)
+    eventually(lambda: fetch(shared)["status"] == "idle", 20)
     return shared
 
 
 @pytest.fixture
 def streams() -> Iterator[Callable[..., list[Stream]]]:
-    """Begin endless streams; they end with the test."""
+    """Start endless streams, which end with the test."""
     with ExitStack() as stack:
 
-        def begin(gateway: Gateway, *request_ids: str) -> list[Stream]:
+        def start(gateway: Gateway, *request_ids: str) -> list[Stream]:
             return [stack.enter_context(closing(Stream(gateway, one))) for one in request_ids]
 
-        yield begin
+        yield start
 
 
-def test_an_idle_gateway_says_so(observed: Gateway) -> None:
-    status = seen(observed)
+def test_the_status_of_an_idle_gateway(observed: Gateway) -> None:
+    status = fetch(observed)
     assert status.keys() == {"status", "currentOperation", "activeModel", "inFlight"} | {
         "recentRequests",
         "totalRequests",
@@ -105,14 +105,14 @@ def test_an_idle_gateway_says_so(observed: Gateway) -> None:
     assert status["inFlight"] == []
 
 
-def test_what_runs_in_any_worker_is_told_by_every_worker(
+def test_every_worker_shows_what_is_in_flight_in_any_worker(
     observed: Gateway, streams: Callable[..., list[Stream]]
 ) -> None:
     names = {f"run-{number}" for number in range(12)}
     running = streams(observed, *names)
     for _ in range(10):
-        eventually(lambda: {one["requestId"] for one in seen(observed)["inFlight"]} == names, 20)
-    status = seen(observed)
+        eventually(lambda: {one["requestId"] for one in fetch(observed)["inFlight"]} == names, 20)
+    status = fetch(observed)
     assert status["status"] == "processing_inference"
     assert status["currentOperation"]["requestId"] == running[0].request_id
     shown = status["inFlight"][0]
@@ -120,115 +120,114 @@ def test_what_runs_in_any_worker_is_told_by_every_worker(
     assert shown["elapsedMs"] >= 0
     for one in running:
         one.close()
-    eventually(lambda: seen(observed)["status"] == "idle", 20)
-    assert seen(observed)["inFlight"] == []
+    eventually(lambda: fetch(observed)["status"] == "idle", 20)
+    assert fetch(observed)["inFlight"] == []
 
 
-def test_a_stream_in_flight_shows_how_far_it_has_come(
+def test_a_stream_in_flight_shows_its_progress(
     observed: Gateway, streams: Callable[..., list[Stream]]
 ) -> None:
     first, _ = streams(observed, "older", "younger")
 
     def chunks() -> list[int]:
-        return [one.get("chunks", 0) for one in seen(observed)["inFlight"]]
+        return [one.get("chunks", 0) for one in fetch(observed)["inFlight"]]
 
     eventually(lambda: len(chunks()) == 2 and min(chunks()) > 0, 20)
     before = chunks()
     eventually(lambda: chunks()[0] > before[0], 20)
-    assert [one["requestId"] for one in seen(observed)["inFlight"]] == ["older", "younger"]
+    assert [one["requestId"] for one in fetch(observed)["inFlight"]] == ["older", "younger"]
     first.close()
     eventually(lambda: len(chunks()) == 1, 20)
 
 
-def test_two_exchanges_of_one_request_id_are_two(
+def test_two_exchanges_with_the_same_request_id_are_kept_apart(
     observed: Gateway, streams: Callable[..., list[Stream]]
 ) -> None:
     first, _ = streams(observed, "same", "same")
-    eventually(lambda: len(seen(observed)["inFlight"]) == 2, 20)
-    before = len([e for e in seen(observed)["recentRequests"] if e["requestId"] == "same"])
+    eventually(lambda: len(fetch(observed)["inFlight"]) == 2, 20)
+    before = len([e for e in fetch(observed)["recentRequests"] if e["requestId"] == "same"])
     first.close()
     eventually(
-        lambda: [e["requestId"] for e in seen(observed)["recentRequests"]].count("same") > before,
+        lambda: [e["requestId"] for e in fetch(observed)["recentRequests"]].count("same") > before,
         20,
     )
-    assert len(seen(observed)["inFlight"]) == 1
-    assert seen(observed)["status"] == "processing_inference"
+    assert len(fetch(observed)["inFlight"]) == 1
+    assert fetch(observed)["status"] == "processing_inference"
 
 
-def test_a_load_is_told_while_it_lasts(observed: Gateway) -> None:
+def test_a_load_is_shown_while_it_is_in_flight(observed: Gateway) -> None:
     body = json.dumps({"modelKey": BIG}).encode()
     lines = ["POST /admin/models/load HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
     lines += ["Content-Type: application/json", "", ""]
     with socket.create_connection(("127.0.0.1", observed.port), 30) as client:
         client.sendall("\r\n".join(lines).encode() + body)
-        eventually(lambda: seen(observed)["status"] == "loading_model", 20)
-        status = eventually(lambda: (now := seen(observed))["currentOperation"] and now, 20)
+        eventually(lambda: fetch(observed)["status"] == "loading_model", 20)
+        status = eventually(lambda: (now := fetch(observed))["currentOperation"] and now, 20)
         assert status["currentOperation"]["modelKey"] == BIG
         assert [one["operation"] for one in status["inFlight"]] == ["model_load"]
-    # the client has left: the load is cancelled
-    eventually(lambda: seen(observed)["status"] == "idle", 20)
+    # the client has disconnected, so the load is cancelled
+    eventually(lambda: fetch(observed)["status"] == "idle", 20)
 
 
-def test_recent_requests_are_the_ten_newest_the_newest_first(observed: Gateway) -> None:
+def test_recent_requests_are_the_last_ten_newest_first(observed: Gateway) -> None:
     names = [f"recent-{number}" for number in range(12)]
     for name in names:
         ask(observed, **{"X-Request-Id": name})
-        eventually(lambda n=name: seen(observed)["recentRequests"][0]["requestId"] == n, 20)
-    told = [one["requestId"] for one in seen(observed)["recentRequests"]]
-    assert told == names[:1:-1]
+        eventually(lambda n=name: fetch(observed)["recentRequests"][0]["requestId"] == n, 20)
+    recent = [one["requestId"] for one in fetch(observed)["recentRequests"]]
+    assert recent == names[:1:-1]
 
 
-def test_only_exchanges_are_counted(observed: Gateway) -> None:
-    before = seen(observed)
+def test_only_inference_exchanges_are_counted(observed: Gateway) -> None:
+    before = fetch(observed)
     for path in ("/health", "/admin/models", "/api/v0/models", "/debug/metrics", "/metrics", "/no"):
-        seen_by_client = requests.get(observed.url + path, timeout=30)
-        assert seen_by_client.status_code in (200, 404)
-    assert [seen(observed)[n] - before[n] for n in ("totalRequests", "totalErrors")] == [0, 0]
+        assert requests.get(observed.url + path, timeout=30).status_code in (200, 404)
+    assert [fetch(observed)[n] - before[n] for n in ("totalRequests", "totalErrors")] == [0, 0]
     assert ask(observed).status_code == 200
     assert ask(observed, "/chat/completions").status_code == 200
     assert requests.get(observed.url + "/models", timeout=30).status_code == 200
     assert ask(observed, **{"X-Simulator-Fault": "refuse-500"}).status_code == 500
     assert ask(observed, "/v1/nothing").status_code == 404
     after = eventually(
-        lambda: (now := seen(observed))["totalRequests"] == before["totalRequests"] + 5 and now, 20
+        lambda: (now := fetch(observed))["totalRequests"] == before["totalRequests"] + 5 and now, 20
     )
     assert after["totalErrors"] == before["totalErrors"] + 2
 
 
-def test_metrics_has_the_contracts_members(observed: Gateway) -> None:
+def test_metrics_has_the_members_of_the_contract(observed: Gateway) -> None:
     ask(observed)
-    eventually(lambda: seen(observed, "/debug/metrics")["recentActivity"]["last10Requests"], 20)
-    # that it has ended is told a moment after its answer
-    eventually(lambda: seen(observed, "/debug/metrics")["currentOperation"] is None, 20)
-    told = seen(observed, "/debug/metrics")
-    assert told.keys() == {"modelInfo", "performance", "recentActivity", "system"} | {
+    eventually(lambda: fetch(observed, "/debug/metrics")["recentActivity"]["last10Requests"], 20)
+    # the end of an exchange is published just after its response
+    eventually(lambda: fetch(observed, "/debug/metrics")["currentOperation"] is None, 20)
+    metrics = fetch(observed, "/debug/metrics")
+    assert metrics.keys() == {"modelInfo", "performance", "recentActivity", "system"} | {
         "currentOperation"
     }
-    performance = told["performance"]
+    performance = metrics["performance"]
     assert performance.keys() == PERFORMANCE
     least, most = performance["minResponseTimeMs"], performance["maxResponseTimeMs"]
     assert 0 < least <= performance["medianResponseTimeMs"] <= performance["p95ResponseTimeMs"]
     assert least <= performance["avgResponseTimeMs"] <= most
-    assert told["system"].keys() == SYSTEM
-    assert told["system"]["memoryUsage"]["rss"] > 1e6
-    assert told["system"]["workers"] == 2
-    assert told["currentOperation"] is None
-    assert told["modelInfo"] is None
-    recent = told["recentActivity"]["last10Requests"]
+    assert metrics["system"].keys() == SYSTEM
+    assert metrics["system"]["memoryUsage"]["rss"] > 1e6
+    assert metrics["system"]["workers"] == 2
+    assert metrics["currentOperation"] is None
+    assert metrics["modelInfo"] is None
+    recent = metrics["recentActivity"]["last10Requests"]
     assert 0 < len(recent) <= 10
 
 
-def test_a_killed_worker_loses_its_own_exchanges_and_they_are_told(
+def test_a_killed_worker_loses_only_its_own_exchanges_and_they_are_reported(
     launch: Launch, listen: Listen, state_url: str, streams: Callable[..., list[Stream]]
 ) -> None:
     gateway = launch(STATE_URL=state_url)
     reader = listen(gateway)
-    before = seen(gateway)
+    before = fetch(gateway)
     names = [f"kill-{number}" for number in range(12)]
     running = streams(gateway, *names)
     for name in names:
         reader.until("inference_start", requestId=name)
-    by_worker = {pid: connected(pid, gateway.port) for pid in gateway.workers()}
+    by_worker = {pid: client_ports(pid, gateway.port) for pid in gateway.workers()}
     reader_port = reader.port
     victim = next(
         pid
@@ -243,21 +242,21 @@ def test_a_killed_worker_loses_its_own_exchanges_and_they_are_told(
         assert reader.until("inference_complete", requestId=name)["cancelled"] is False
     for one in running:
         one.close()
-    eventually(lambda: seen(gateway)["status"] == "idle", 30)
+    eventually(lambda: fetch(gateway)["status"] == "idle", 30)
     for name in names:
         reader.until("inference_complete", requestId=name)
         assert len(reader.of("inference_complete", requestId=name)) == 1
     eventually(lambda: len(gateway.workers()) == 2, 20)
     for _ in range(8):
         assert ask(gateway).status_code == 200
-    told = eventually(lambda: (now := seen(gateway))["status"] == "idle" and now, 20)
-    performance = seen(gateway, "/debug/metrics")["performance"]
-    for counted in (told, performance):
-        assert counted["totalRequests"] - before["totalRequests"] == len(names) + 8
-        assert counted["totalErrors"] - before["totalErrors"] == len(lost)
+    status = eventually(lambda: (now := fetch(gateway))["status"] == "idle" and now, 20)
+    performance = fetch(gateway, "/debug/metrics")["performance"]
+    for counters in (status, performance):
+        assert counters["totalRequests"] - before["totalRequests"] == len(names) + 8
+        assert counters["totalErrors"] - before["totalErrors"] == len(lost)
 
 
-def connected(pid: int, port: int) -> set[int]:
+def client_ports(pid: int, port: int) -> set[int]:
     """The client ports of a worker's connections."""
     found = psutil.Process(pid).net_connections("tcp")
     return {one.raddr.port for one in found if one.raddr and one.laddr.port == port}

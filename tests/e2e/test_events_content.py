@@ -1,4 +1,4 @@
-"""What each event holds: the contract's members, the right numbers, and nothing confidential."""
+"""Every event has the members of the contract, with the right numbers and nothing confidential."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY, ADMIN_KEY = "MARKER-inference-key-0123456789", "MARKER-admin-key-0123456789
 INFERENCE = {"Authorization": f"Bearer {KEY}"}
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 PROMPT = "MARKER-prompt count to 7"
-#: The simulator's answer to that.
+#: How the simulator's response to the prompt begins.
 COMPLETION = "1 2 3"
 Listen = Callable[..., EventReader]
 
@@ -45,7 +45,7 @@ USAGE = {"promptTokens", "completionTokens", "totalTokens"}
 def keyed(
     state_url: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
-    """A gateway with the keys ``alice`` and (for all but inference) ``root``."""
+    """A gateway with the inference key ``alice`` and the admin key ``root``."""
     gateway = Gateway(
         tmp_path_factory.mktemp("keyed"),
         shared_simulator.url,
@@ -69,21 +69,22 @@ def chat(**more: Any) -> dict[str, Any]:
 
 
 def ask(keyed: Gateway, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Any:
-    """Ask under a request id of its own; returns the answer and the id."""
-    told = {**INFERENCE, "X-Request-Id": uuid.uuid4().hex, **headers}
-    answer = keyed.post(path, body, headers=told)
-    assert answer.headers["X-Request-Id"] == told["X-Request-Id"]
-    return answer
+    """Send a request under a unique request id and return the response."""
+    sent = {**INFERENCE, "X-Request-Id": uuid.uuid4().hex, **headers}
+    response = keyed.post(path, body, headers=sent)
+    assert response.headers["X-Request-Id"] == sent["X-Request-Id"]
+    return response
 
 
-def ended(reader: EventReader, answer: Any) -> dict[str, Any]:
-    request_id = answer.headers["X-Request-Id"]
+def completion(reader: EventReader, response: Any) -> dict[str, Any]:
+    """Wait for the inference_complete event of a response and return its data."""
+    request_id = response.headers["X-Request-Id"]
     data: dict[str, Any] = reader.until("inference_complete", requestId=request_id)
     return data
 
 
-def leave_in_the_middle(keyed: Gateway, request_id: str) -> None:
-    """Begin to read a stream and go away."""
+def disconnect_in_the_middle(keyed: Gateway, request_id: str) -> None:
+    """Start to read a stream and disconnect."""
     body = json.dumps(chat(stream=True)).encode()
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
     lines += [f"X-Request-Id: {request_id}", f"Authorization: Bearer {KEY}"]
@@ -98,7 +99,7 @@ def leave_in_the_middle(keyed: Gateway, request_id: str) -> None:
 
 
 def do_everything(keyed: Gateway, reader: EventReader) -> None:
-    """One of each: loads and unloads, right and wrong, exchanges that end well, badly, early."""
+    """Load and unload, with and without success; let exchanges succeed, fail and be cancelled."""
     load = {"modelKey": MODEL, "instanceId": "mine", "loadConfig": {"contextLength": 2048}}
     assert keyed.post("/admin/models/load", load, headers=ADMIN).status_code == 200
     assert keyed.post("/admin/models/load", load, headers=ADMIN).status_code == 409
@@ -106,23 +107,23 @@ def do_everything(keyed: Gateway, reader: EventReader) -> None:
     assert unknown.status_code == 404
     assert ask(keyed, {"messages": chat()["messages"]}).status_code == 200
     assert ask(keyed, chat(stream=True), "/chat/completions").status_code == 200
-    spoiled = ask(keyed, chat(), **{"X-Simulator-Fault": "refuse-500"})
-    assert spoiled.status_code == 500
-    assert ended(reader, ask(keyed, chat(stop=["MARKER-stop"])))["status"] == 200
-    unreadable = keyed.http.post(
+    failed = ask(keyed, chat(), **{"X-Simulator-Fault": "refuse-500"})
+    assert failed.status_code == 500
+    assert completion(reader, ask(keyed, chat(stop=["MARKER-stop"])))["status"] == 200
+    malformed = keyed.http.post(
         f"{keyed.url}/v1/chat/completions",
         data='{"messages": [{"content": "MARKER',
         timeout=20,
         headers={**INFERENCE, "Content-Type": "application/json"},
     )
-    assert unreadable.status_code == 400
+    assert malformed.status_code == 400
     broken = ask(keyed, chat(stream=True), **{"X-Simulator-Fault": "close-before-head"})
-    assert ended(reader, broken)["status"] == 502
+    assert completion(reader, broken)["status"] == 502
     listed = keyed.get("/v1/models?key=MARKER-query", headers=INFERENCE)
-    ended(reader, listed)
-    left = uuid.uuid4().hex
-    leave_in_the_middle(keyed, left)
-    reader.until("inference_complete", requestId=left)
+    completion(reader, listed)
+    cancelled = uuid.uuid4().hex
+    disconnect_in_the_middle(keyed, cancelled)
+    reader.until("inference_complete", requestId=cancelled)
     assert keyed.post("/admin/models/unload", {"instanceId": "mine"}, headers=ADMIN).ok
     activate = {"modelKey": MODEL, "defaultInference": {"topK": 3}}
     assert keyed.post("/admin/models/activate", activate, headers=ADMIN).ok
@@ -130,7 +131,7 @@ def do_everything(keyed: Gateway, reader: EventReader) -> None:
     reader.until("model_deactivate", modelKey=MODEL, instanceId=None)
 
 
-def test_every_event_has_the_contracts_members_and_nothing_confidential(
+def test_every_event_has_the_members_of_the_contract_and_nothing_confidential(
     keyed: Gateway, reader: EventReader
 ) -> None:
     do_everything(keyed, reader)
@@ -139,8 +140,8 @@ def test_every_event_has_the_contracts_members_and_nothing_confidential(
     for frame in reader.frames:
         members = frame.data.keys() - {"timestamp"}
         if frame.event == "error":
-            needed, possible = {"operation", "error"}, {"requestId", "totalTimeMs"}
-            fits = needed <= members <= needed | possible
+            required, optional = {"operation", "error"}, {"requestId", "totalTimeMs"}
+            fits = required <= members <= required | optional
         else:
             fits = members == MEMBERS[frame.event]
         if not fits:
@@ -153,7 +154,7 @@ def test_every_event_has_the_contracts_members_and_nothing_confidential(
     assert not differing
 
 
-def test_a_load_tells_its_progress(keyed: Gateway, reader: EventReader) -> None:
+def test_a_load_publishes_its_progress(keyed: Gateway, reader: EventReader) -> None:
     config = {"contextLength": 2048, "gpu": {"ratio": 0.5}}
     load = {"modelKey": MODEL, "instanceId": "mine", "loadConfig": config, "activate": False}
     assert keyed.post("/admin/models/load", load, headers=ADMIN).status_code == 200
@@ -173,14 +174,14 @@ def test_a_load_tells_its_progress(keyed: Gateway, reader: EventReader) -> None:
     assert not reader.of("model_activate")
 
 
-def test_an_exchange_tells_who_asked_what_for_which_model(
+def test_an_exchange_publishes_its_client_path_and_model(
     keyed: Gateway, reader: EventReader
 ) -> None:
     activate = {"modelKey": MODEL, "instanceId": "mine"}
     assert keyed.post("/admin/models/load", activate, headers=ADMIN).ok
-    answer = ask(keyed, {"messages": chat()["messages"], "stream": True}, "/chat/completions")
-    request_id = answer.headers["X-Request-Id"]
-    complete = ended(reader, answer)
+    response = ask(keyed, {"messages": chat()["messages"], "stream": True}, "/chat/completions")
+    request_id = response.headers["X-Request-Id"]
+    complete = completion(reader, response)
     [start] = reader.of("inference_start", requestId=request_id)
     del start["timestamp"]
     assert start == {
@@ -196,10 +197,12 @@ def test_an_exchange_tells_who_asked_what_for_which_model(
     assert complete["tokensPerSec"] > 0
 
 
-def test_a_client_that_leaves_is_a_499_and_no_error(keyed: Gateway, reader: EventReader) -> None:
-    left = uuid.uuid4().hex
-    leave_in_the_middle(keyed, left)
-    complete = reader.until("inference_complete", requestId=left)
+def test_a_client_that_disconnects_is_a_499_and_not_an_error(
+    keyed: Gateway, reader: EventReader
+) -> None:
+    request_id = uuid.uuid4().hex
+    disconnect_in_the_middle(keyed, request_id)
+    complete = reader.until("inference_complete", requestId=request_id)
     assert (complete["status"], complete["cancelled"]) == (499, True)
     assert not reader.of("error")
 
@@ -207,7 +210,7 @@ def test_a_client_that_leaves_is_a_499_and_no_error(keyed: Gateway, reader: Even
 @pytest.mark.parametrize(
     ("fault", "status"), [("refuse-500", 500), ("break-stream", 200), ("close-before-head", 502)]
 )
-def test_a_failed_exchange_tells_an_error_and_then_its_end(
+def test_a_failed_exchange_publishes_an_error_and_then_its_end(
     keyed: Gateway, reader: EventReader, fault: str, status: int
 ) -> None:
     headers = {**INFERENCE, "X-Simulator-Fault": fault}
@@ -215,10 +218,10 @@ def test_a_failed_exchange_tells_an_error_and_then_its_end(
         request_id = one.headers["X-Request-Id"]
         complete = reader.until("inference_complete", requestId=request_id)
     assert (complete["status"], complete["cancelled"]) == (status, False)
-    told = [f for f in reader.frames if f.data.get("requestId") == request_id]
-    assert [f.event for f in told] == ["inference_start", "error", "inference_complete"]
-    assert told[1].data["operation"] == "inference"
-    assert told[1].data["error"]
+    frames = [f for f in reader.frames if f.data.get("requestId") == request_id]
+    assert [f.event for f in frames] == ["inference_start", "error", "inference_complete"]
+    assert frames[1].data["operation"] == "inference"
+    assert frames[1].data["error"]
 
 
 _BODIES: dict[str, Any] = {
@@ -229,8 +232,8 @@ _BODIES: dict[str, Any] = {
 }
 
 
-def usage_told(text: str) -> dict[str, int]:
-    """What LM Studio's answer said, the last of each number."""
+def reported_usage(text: str) -> dict[str, int]:
+    """The token counts in a response of LM Studio; the last one of each kind."""
     found: dict[str, int] = {}
     for name, number in re.findall(r'"(\w+)_tokens": ?(\d+)', text):
         found[{"input": "prompt", "output": "completion"}.get(name, name)] = int(number)
@@ -239,28 +242,28 @@ def usage_told(text: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 @pytest.mark.parametrize("endpoint", _BODIES)
-def test_tokens_are_as_lm_studio_counted_them(
+def test_token_usage_is_that_of_lm_studio(
     keyed: Gateway, simulator: Simulator, reader: EventReader, endpoint: str, stream: bool
 ) -> None:
     body = {"model": MODEL, "stream": stream, **_BODIES[endpoint]}
-    complete = ended(reader, ask(keyed, body, f"/v1/{endpoint}"))
+    complete = completion(reader, ask(keyed, body, f"/v1/{endpoint}"))
     eventually(lambda: simulator.last_request()["outcome"] != "running")
-    told = usage_told(simulator.last_request()["sent"].decode())
-    assert told["completion"] == 5
-    assert told["prompt"] > 0
+    usage = reported_usage(simulator.last_request()["sent"].decode())
+    assert usage["completion"] == 5
+    assert usage["prompt"] > 0
     assert complete["tokenUsage"] == {
-        "promptTokens": told["prompt"],
+        "promptTokens": usage["prompt"],
         "completionTokens": 5,
-        "totalTokens": told["prompt"] + 5,
+        "totalTokens": usage["prompt"] + 5,
     }
 
 
-def test_tokens_of_embeddings_are_counted(
+def test_token_usage_of_embeddings_is_that_of_lm_studio(
     keyed: Gateway, simulator: Simulator, reader: EventReader
 ) -> None:
     body = {"model": EMBEDDING, "input": "some words to embed"}
-    complete = ended(reader, ask(keyed, body, "/v1/embeddings"))
-    told = usage_told(simulator.last_request()["sent"].decode())
-    assert told["prompt"] > 0
-    assert complete["tokenUsage"]["promptTokens"] == told["prompt"]
-    assert complete["tokenUsage"]["totalTokens"] == told["total"]
+    complete = completion(reader, ask(keyed, body, "/v1/embeddings"))
+    usage = reported_usage(simulator.last_request()["sent"].decode())
+    assert usage["prompt"] > 0
+    assert complete["tokenUsage"]["promptTokens"] == usage["prompt"]
+    assert complete["tokenUsage"]["totalTokens"] == usage["total"]

@@ -1,4 +1,4 @@
-"""Several gateways on one Redis are one; a Redis that is away stops no inference."""
+"""Gateways that share a Redis act as one, and inference goes on without Redis."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shared_pair(
 
 @pytest.fixture
 def pair(shared_pair: tuple[Gateway, Gateway], simulator: Simulator) -> tuple[Gateway, Gateway]:
-    """Two gateways of two workers each, as if on two machines."""
+    """Two gateways with two workers each, as if on two machines."""
     return shared_pair
 
 
@@ -52,7 +52,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def ask(gateway: Gateway, **headers: str) -> requests.Response:
-    """A chat without a model, over a connection of its own."""
+    """Send a chat without a model over its own connection."""
     url = gateway.url + CHAT
     return requests.post(url, json={"messages": MESSAGES}, headers=headers, timeout=30)
 
@@ -73,7 +73,7 @@ def model_sent(simulator: Simulator) -> str:
     return str(json.loads(simulator.last_request()["body"])["model"])
 
 
-def test_an_activation_on_one_is_used_by_the_next_request_to_the_other(
+def test_an_activation_on_one_gateway_applies_to_the_next_request_on_the_other(
     pair: tuple[Gateway, Gateway], simulator: Simulator
 ) -> None:
     for number in range(20):
@@ -85,25 +85,27 @@ def test_an_activation_on_one_is_used_by_the_next_request_to_the_other(
             assert model_sent(simulator) == key
 
 
-def test_events_of_one_are_read_at_the_other(pair: tuple[Gateway, Gateway], listen: Listen) -> None:
+def test_a_reader_gets_the_events_of_both_gateways(
+    pair: tuple[Gateway, Gateway], listen: Listen
+) -> None:
     activate(pair[0])
     reader = listen(pair[1])
     reader.until("connected")
     ids = [ask(gateway).headers["X-Request-Id"] for gateway in pair * 3]
     for one in ids:
         reader.until("inference_complete", requestId=one)
-    seen = [frame.id for frame in reader.frames[1:]]
-    assert seen == sorted(set(seen))
+    event_ids = [frame.id for frame in reader.frames[1:]]
+    assert event_ids == sorted(set(event_ids))
 
 
-def test_counters_and_recent_requests_are_of_both(pair: tuple[Gateway, Gateway]) -> None:
+def test_counters_and_recent_requests_cover_both_gateways(pair: tuple[Gateway, Gateway]) -> None:
     activate(pair[0])
-    totals = [eventually_steady(gateway) for gateway in pair]
+    totals = [steady_total(gateway) for gateway in pair]
     assert totals[0] == totals[1]
     ids = [ask(gateway).headers["X-Request-Id"] for gateway in (*pair, pair[0])]
     for gateway in pair:
         eventually(lambda g=gateway: status(g)["totalRequests"] == totals[0] + 3, 20)
-        # an exchange is counted when it begins and listed when its end was written
+        # an exchange is counted when it starts, and listed once its end is written
         eventually(lambda g=gateway: recent(g) == set(ids), 20)
 
 
@@ -112,8 +114,8 @@ def recent(gateway: Gateway) -> set[str]:
     return {one["requestId"] for one in status(gateway)["recentRequests"][:3]}
 
 
-def eventually_steady(gateway: Gateway) -> int:
-    """The total once two gateways have had the time to tell each other theirs."""
+def steady_total(gateway: Gateway) -> int:
+    """The total once the gateways have had time to share their counters."""
     seen: list[int] = []
 
     def steady() -> bool:
@@ -124,26 +126,26 @@ def eventually_steady(gateway: Gateway) -> int:
     return seen[-1]
 
 
-def test_what_runs_on_one_is_told_by_the_other(pair: tuple[Gateway, Gateway]) -> None:
+def test_one_gateway_shows_what_is_in_flight_on_the_other(pair: tuple[Gateway, Gateway]) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "count to 9999"}]}
     pace = {"X-Simulator-Pace-Ms": "100", "X-Request-Id": "on-the-first"}
     with requests.post(
         pair[0].url + CHAT, json={**body, "stream": True}, headers=pace, stream=True, timeout=30
     ):
-        told = eventually(lambda: status(pair[1])["inFlight"], 20)
-        assert [one["requestId"] for one in told] == ["on-the-first"]
+        in_flight = eventually(lambda: status(pair[1])["inFlight"], 20)
+        assert [one["requestId"] for one in in_flight] == ["on-the-first"]
         assert status(pair[1])["status"] == "processing_inference"
     eventually(lambda: status(pair[1])["status"] == "idle", 20)
 
 
-@pytest.mark.parametrize("away", ["stopped", "frozen"])
-def test_without_redis_inference_goes_on_with_the_last_known_model_and_health_tells(
-    launch: Launch, own_redis: RedisServer, simulator: Simulator, away: str
+@pytest.mark.parametrize("outage", ["stopped", "frozen"])
+def test_without_redis_inference_goes_on_with_the_last_known_model_and_health_is_degraded(
+    launch: Launch, own_redis: RedisServer, simulator: Simulator, outage: str
 ) -> None:
     gateway = launch(STATE_URL=own_redis.url)
     assert activate(gateway).status_code == 200
     assert health(gateway) == "ok"
-    if away == "stopped":
+    if outage == "stopped":
         own_redis.stop()
     else:
         own_redis.freeze()
@@ -151,22 +153,22 @@ def test_without_redis_inference_goes_on_with_the_last_known_model_and_health_te
         assert ask(gateway).status_code == 200
         assert model_sent(simulator) == MODEL
     assert health(gateway) == "degraded"
-    refused = activate(gateway, OTHER)
-    assert refused.status_code == 503
-    assert refused.headers["Retry-After"]
-    told = requests.get(f"{gateway.url}/debug/status", timeout=30)
-    assert (told.status_code, told.json()["status"]) == (200, "error")
-    assert told.json()["totalRequests"] == 6
+    rejected = activate(gateway, OTHER)
+    assert rejected.status_code == 503
+    assert rejected.headers["Retry-After"]
+    response = requests.get(f"{gateway.url}/debug/status", timeout=30)
+    assert (response.status_code, response.json()["status"]) == (200, "error")
+    assert response.json()["totalRequests"] == 6
     assert requests.get(f"{gateway.url}/metrics", timeout=30).status_code == 200
     stream = requests.get(f"{gateway.url}/debug/stream", timeout=30)
     assert stream.status_code == 503
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["same", "empty"])
+@pytest.mark.parametrize("saved", [True, False], ids=["same", "empty"])
 def test_events_resume_when_redis_is_back(
-    launch: Launch, listen: Listen, own_redis: RedisServer, kept: bool
+    launch: Launch, listen: Listen, own_redis: RedisServer, saved: bool
 ) -> None:
-    """``empty``: a Redis that kept nothing on its disk."""
+    """Redis comes back with the same data, or empty."""
     gateway = launch(STATE_URL=own_redis.url)
     assert activate(gateway).status_code == 200
     old = listen(gateway)
@@ -174,7 +176,7 @@ def test_events_resume_when_redis_is_back(
     for _ in range(5):
         request_id = ask(gateway).headers["X-Request-Id"]
         old.until("inference_complete", requestId=request_id)
-    (own_redis.save_and_stop if kept else own_redis.stop)()
+    (own_redis.save_and_stop if saved else own_redis.stop)()
     waiting = [ask(gateway).headers["X-Request-Id"] for _ in range(3)]
     own_redis.start()
     eventually(lambda: health(gateway) == "ok", 30)
@@ -187,7 +189,7 @@ def test_events_resume_when_redis_is_back(
     eventually(lambda: status(gateway)["status"] == "idle", 20)
 
 
-def test_a_redis_that_comes_back_declares_nobody_dead(
+def test_no_worker_is_declared_dead_when_redis_comes_back(
     launch: Launch, listen: Listen, own_redis: RedisServer
 ) -> None:
     gateway = launch(STATE_URL=own_redis.url, WEB_CONCURRENCY=4)
@@ -200,12 +202,12 @@ def test_a_redis_that_comes_back_declares_nobody_dead(
             running.enter_context(requests.post(gateway.url + CHAT, timeout=60, **options))
         eventually(lambda: len(status(gateway)["inFlight"]) == 9, 20)
         own_redis.save_and_stop()
-        # longer than a worker may give no sign of life
+        # longer than a worker may be without a heartbeat
         back = time.monotonic() + 7
         eventually(lambda: time.monotonic() > back, 20)
         own_redis.start()
         eventually(lambda: health(gateway) == "ok", 30)
-        marks = [ask_named(gateway).headers["X-Request-Id"] for _ in range(6)]
+        marks = [ask_with_model(gateway).headers["X-Request-Id"] for _ in range(6)]
         reader = listen(gateway, last_id=0)
         for one in marks:
             reader.until("inference_complete", requestId=one)
@@ -213,30 +215,30 @@ def test_a_redis_that_comes_back_declares_nobody_dead(
     for one in names:
         reader.until("inference_complete", requestId=one)
     assert not reader.of("error")
-    seen = [data["requestId"] for data in reader.of("inference_complete")]
-    assert sorted(seen) == sorted([*names, *marks])
+    completed = [data["requestId"] for data in reader.of("inference_complete")]
+    assert sorted(completed) == sorted([*names, *marks])
 
 
-def ask_named(gateway: Gateway) -> requests.Response:
-    """A chat that names its model, over a connection of its own."""
+def ask_with_model(gateway: Gateway) -> requests.Response:
+    """Send a chat that names its model over its own connection."""
     content = {"model": MODEL, "messages": MESSAGES}
     return requests.post(gateway.url + CHAT, json=content, timeout=30)
 
 
-def test_a_redis_that_stalls_gets_no_event_twice(
+def test_no_event_is_stored_twice_when_redis_stalls(
     launch: Launch, listen: Listen, own_redis: RedisServer
 ) -> None:
     gateway = launch(STATE_URL=own_redis.url)
     activate(gateway)
     own_redis.freeze()
     ids = [ask(gateway).headers["X-Request-Id"] for _ in range(4)]
-    # by then the gateway has given up its first attempt to write
-    eventually(lambda: "events wait" in gateway.logged(), 30)
+    # the warning means that the first attempt to write has failed
+    eventually(lambda: "events wait for the store" in gateway.logged(), 30)
     own_redis.thaw()
     eventually(lambda: health(gateway) == "ok", 30)
     ids.append(ask(gateway).headers["X-Request-Id"])
     reader = listen(gateway, last_id=0)
     for one in ids:
         reader.until("inference_complete", requestId=one)
-    seen = [data["requestId"] for data in reader.of("inference_complete")]
-    assert sorted(seen) == sorted(ids)
+    completed = [data["requestId"] for data in reader.of("inference_complete")]
+    assert sorted(completed) == sorted(ids)

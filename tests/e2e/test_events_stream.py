@@ -1,4 +1,4 @@
-"""/debug/stream is complete and in order, whoever reads it however often, over all workers."""
+"""/debug/stream is complete and in order over all workers, however often a reader reconnects."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ from tests.processes import Gateway, Simulator, eventually
 
 MODEL = "qwen2-1.5b-instruct"
 REQUESTS, CLIENTS = 2000, 50
-#: As long as two busy cores may need.
-PATIENCE = 60
+#: Seconds; generous, as two busy cores may need most of them.
+TIMEOUT = 60
 Listen = Callable[..., EventReader]
 Launch = Callable[..., Gateway]
 
 
 def chats(port: int, count: int) -> list[str]:
-    """So many plain chats over one connection; returns their request ids."""
+    """Send plain chats over one connection and return their request ids."""
     content = {"model": MODEL, "messages": [{"role": "user", "content": "count to 2"}]}
-    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     ids = []
     for _ in range(count):
         headers = {"Content-Type": "application/json", "X-Simulator-Pace-Ms": "0"}
         connection.request("POST", "/v1/chat/completions", json.dumps(content), headers)
-        answer = connection.getresponse()
-        answer.read()
-        assert answer.status == 200
-        ids.append(str(answer.headers["X-Request-Id"]))
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200
+        ids.append(str(response.headers["X-Request-Id"]))
     connection.close()
     return ids
 
 
 def ask_slowly(gateway: Gateway) -> requests.Response:
-    """A stream of some seconds whose head has come."""
+    """Start a stream that takes a few seconds; its headers have arrived."""
     body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": "count to 6"}]}
     pace = {"X-Simulator-Pace-Ms": "500"}
     return gateway.post("/v1/chat/completions", body, headers=pace, stream=True)
 
 
-class Restless(threading.Thread):
-    """A reader that disconnects every 200 ms and resumes where it was."""
+class ReconnectingReader(threading.Thread):
+    """A reader that disconnects every 200 ms and resumes after its last event."""
 
     def __init__(self, gateway: Gateway, by_header: bool) -> None:
         super().__init__(daemon=True)
         self.gateway, self.by_header = gateway, by_header
         self.frames: list[Any] = []
-        self.visits = 0
+        self.connections = 0
         self.done = threading.Event()
         self.start()
 
     def run(self) -> None:
-        place: int | None = None
+        last_id: int | None = None
         while not self.done.is_set():
-            if place is None or self.by_header:
-                reader = EventReader(self.gateway, last_id=place)
+            if last_id is None or self.by_header:
+                reader = EventReader(self.gateway, last_id=last_id)
             else:
-                reader = EventReader(self.gateway, f"?lastEventId={place}")
+                reader = EventReader(self.gateway, f"?lastEventId={last_id}")
             time.sleep(0.2)
             reader.close()
-            self.visits += 1
+            self.connections += 1
             if reader.frames:
-                place = reader.frames[-1].id
+                last_id = reader.frames[-1].id
                 self.frames += [f for f in reader.frames if f.event != "connected"]
 
     def count(self, event: str) -> int:
@@ -81,22 +81,29 @@ class Restless(threading.Thread):
 
 
 @dataclass
-class Crowd:
+class LoadTest:
+    """The request ids that were sent under load, and the readers that listened."""
+
     gateway: Gateway
     sent: list[str]
     steady: EventReader
-    restless: dict[str, Restless]
+    reconnecting: dict[str, ReconnectingReader]
 
 
 @pytest.fixture(scope="module")
-def crowd(
+def load_test(
     state_url: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Crowd]:
-    """What three readers saw of 2,000 requests of 50 clients to two workers."""
-    gateway = Gateway(tmp_path_factory.mktemp("crowd"), shared_simulator.url, STATE_URL=state_url)
+) -> Iterator[LoadTest]:
+    """Three readers listen while 50 clients send 2,000 requests to two workers."""
+    gateway = Gateway(tmp_path_factory.mktemp("load"), shared_simulator.url, STATE_URL=state_url)
     steady = EventReader(gateway)
-    restless = {"header": Restless(gateway, True), "query": Restless(gateway, False)}
-    eventually(lambda: steady.of("connected") and all(r.visits for r in restless.values()), 20)
+    reconnecting = {
+        "header": ReconnectingReader(gateway, True),
+        "query": ReconnectingReader(gateway, False),
+    }
+    eventually(
+        lambda: steady.of("connected") and all(r.connections for r in reconnecting.values()), 20
+    )
     with ThreadPoolExecutor(CLIENTS) as pool:
         share = REQUESTS // CLIENTS
         sent = [
@@ -104,95 +111,100 @@ def crowd(
             for ids in pool.map(lambda _: chats(gateway.port, share), range(CLIENTS))
             for one in ids
         ]
-    readers = [steady.of, *(lambda event, r=r: range(r.count(event)) for r in restless.values())]
-    deadline = time.monotonic() + PATIENCE
-    # a reader that never gets everything is a failure of the tests below, not of this fixture
+    readers = [
+        steady.of,
+        *(lambda event, r=r: range(r.count(event)) for r in reconnecting.values()),
+    ]
+    deadline = time.monotonic() + TIMEOUT
+    # a reader that never gets everything fails the tests below, not this fixture
     while time.monotonic() < deadline:
         if all(len(of("inference_complete")) >= REQUESTS for of in readers):
             break
         time.sleep(0.1)
-    for reader in restless.values():
+    for reader in reconnecting.values():
         reader.done.set()
         reader.join(20)
-    yield Crowd(gateway, sent, steady, restless)
+    yield LoadTest(gateway, sent, steady, reconnecting)
     steady.close()
     gateway.stop()
 
 
-def test_a_reader_sees_every_request_begin_and_end_exactly_once(crowd: Crowd) -> None:
+def test_a_reader_sees_every_request_start_and_end_exactly_once(load_test: LoadTest) -> None:
     for event in ("inference_start", "inference_complete"):
-        seen = [data["requestId"] for data in crowd.steady.of(event)]
-        assert len(seen) == REQUESTS
-        assert set(seen) == set(crowd.sent)
+        request_ids = [data["requestId"] for data in load_test.steady.of(event)]
+        assert len(request_ids) == REQUESTS
+        assert set(request_ids) == set(load_test.sent)
 
 
-def test_ids_are_strictly_increasing_and_every_end_is_behind_its_beginning(crowd: Crowd) -> None:
-    frames = crowd.steady.frames[1:]
+def test_ids_increase_strictly_and_every_request_starts_before_it_ends(load_test: LoadTest) -> None:
+    frames = load_test.steady.frames[1:]
     ids = [frame.id for frame in frames]
     assert ids == sorted(set(ids))
-    began = {f.data["requestId"]: f.id for f in frames if f.event == "inference_start"}
+    started = {f.data["requestId"]: f.id for f in frames if f.event == "inference_start"}
     ended = {f.data["requestId"]: f.id for f in frames if f.event == "inference_complete"}
-    assert began.keys() == ended.keys()
-    assert all(began[one] < ended[one] for one in ended)
+    assert started.keys() == ended.keys()
+    assert all(started[one] < ended[one] for one in ended)
 
 
 @pytest.mark.parametrize("by", ["header", "query"])
-def test_a_reader_that_resumes_every_200_ms_sees_the_same(crowd: Crowd, by: str) -> None:
-    reader = crowd.restless[by]
-    assert reader.visits > 5
-    seen = [(frame.id, frame.event, frame.data) for frame in reader.frames]
-    assert seen == [(f.id, f.event, f.data) for f in crowd.steady.frames[1:]]
+def test_a_reader_that_resumes_every_200_ms_sees_the_same(load_test: LoadTest, by: str) -> None:
+    reader = load_test.reconnecting[by]
+    assert reader.connections > 5
+    received = [(frame.id, frame.event, frame.data) for frame in reader.frames]
+    assert received == [(f.id, f.event, f.data) for f in load_test.steady.frames[1:]]
 
 
-def test_the_first_event_is_connected_and_tells_when_to_come_back(crowd: Crowd) -> None:
-    raw = crowd.steady.raw
+def test_the_first_event_is_connected_with_a_retry_interval(load_test: LoadTest) -> None:
+    raw = load_test.steady.raw
     assert raw[0] == "retry: 3000\n"
-    first = crowd.steady.frames[0]
+    first = load_test.steady.frames[0]
     assert first.event == "connected"
     assert first.data.keys() == {"timestamp", "message"}
-    assert crowd.steady.response.headers["Content-Type"].startswith("text/event-stream")
-    assert crowd.steady.response.headers["X-Accel-Buffering"] == "no"
-    assert crowd.steady.response.headers["Cache-Control"] == "no-cache"
+    assert load_test.steady.response.headers["Content-Type"].startswith("text/event-stream")
+    assert load_test.steady.response.headers["X-Accel-Buffering"] == "no"
+    assert load_test.steady.response.headers["Cache-Control"] == "no-cache"
 
 
-def test_an_event_is_id_event_and_one_line_of_json_with_its_time(crowd: Crowd) -> None:
-    moment = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-    for frame in crowd.steady.frames[1:]:
+def test_an_event_has_an_id_a_type_and_one_line_of_json_with_a_timestamp(
+    load_test: LoadTest,
+) -> None:
+    timestamp = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+    for frame in load_test.steady.frames[1:]:
         assert [line.partition(":")[0] for line in frame.lines] == ["id", "event", "data"]
-        assert moment.fullmatch(frame.data["timestamp"])
+        assert timestamp.fullmatch(frame.data["timestamp"])
 
 
-def test_types_choose_what_is_told(crowd: Crowd, listen: Listen) -> None:
-    reader = listen(crowd.gateway, "?types=inference_complete,error&lastEventId=0")
+def test_types_filters_the_events(load_test: LoadTest, listen: Listen) -> None:
+    reader = listen(load_test.gateway, "?types=inference_complete,error&lastEventId=0")
     reader.until("inference_complete", REQUESTS)
     assert {f.event for f in reader.frames} == {"connected", "inference_complete"}
 
 
-def test_an_unknown_type_is_refused_by_name(crowd: Crowd) -> None:
-    answer = crowd.gateway.get("/debug/stream?types=inference_start,inference_begin")
-    assert answer.status_code == 400
-    assert "inference_begin" in answer.json()["error"]
-    assert answer.json().keys() >= {"error", "requestId"}
+def test_an_unknown_type_is_rejected_by_name(load_test: LoadTest) -> None:
+    response = load_test.gateway.get("/debug/stream?types=inference_start,inference_begin")
+    assert response.status_code == 400
+    assert "inference_begin" in response.json()["error"]
+    assert response.json().keys() >= {"error", "requestId"}
 
 
-def test_a_real_event_source_client_reads_it(crowd: Crowd) -> None:
-    last = crowd.steady.frames[-1].id
+def test_a_real_sse_client_can_read_the_stream(load_test: LoadTest) -> None:
+    last = load_test.steady.frames[-1].id
     headers = {"Last-Event-ID": str(last - 100), "Accept": "text/event-stream"}
-    url = f"{crowd.gateway.url}/debug/stream"
-    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
-        events = iter(sseclient.SSEClient(answer).events())
+    url = f"{load_test.gateway.url}/debug/stream"
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        events = iter(sseclient.SSEClient(response).events())
         first = next(events)
         assert (first.event, int(first.retry)) == ("connected", 3000)
-        behind = [next(events) for _ in range(100)]
-    expected = crowd.steady.frames[-100:]
-    assert [int(event.id) for event in behind] == [frame.id for frame in expected]
-    assert [event.event for event in behind] == [frame.event for frame in expected]
-    assert [json.loads(event.data) for event in behind] == [frame.data for frame in expected]
+        received = [next(events) for _ in range(100)]
+    expected = load_test.steady.frames[-100:]
+    assert [int(event.id) for event in received] == [frame.id for frame in expected]
+    assert [event.event for event in received] == [frame.event for frame in expected]
+    assert [json.loads(event.data) for event in received] == [frame.data for frame in expected]
 
 
 @pytest.mark.both_servers
-def test_readers_that_left_take_no_places(launch: Launch) -> None:
-    """100 is the limit of a worker; who comes and goes on an idle gateway never reaches it."""
+def test_readers_that_disconnected_do_not_count(launch: Launch) -> None:
+    """Short-lived readers of an idle gateway never reach a worker's limit of 100."""
     gateway = launch(WEB_CONCURRENCY=1)
     statuses = set()
     for _ in range(110):
@@ -203,28 +215,28 @@ def test_readers_that_left_take_no_places(launch: Launch) -> None:
 
 
 def test_a_reader_resumes_across_a_restart_of_the_gateway(
-    crowd: Crowd, launch: Launch, listen: Listen, state_url: str
+    load_test: LoadTest, launch: Launch, listen: Listen, state_url: str
 ) -> None:
     gateway = launch(STATE_URL=state_url)
     first = listen(gateway)
     chats(gateway.port, 3)
     first.until("inference_complete", 3)
-    place = next(f.id for f in first.frames if f.event == "inference_start")
+    last_id = next(f.id for f in first.frames if f.event == "inference_start")
     gateway.process.send_signal(signal.SIGTERM)
     eventually(first.ended, 20)
     first.close()
     gateway.stop()
     gateway.start()
-    second = listen(gateway, last_id=place)
+    second = listen(gateway, last_id=last_id)
     chats(gateway.port, 1)
     second.until("inference_complete", 4)
     ids = [frame.id for frame in second.frames if frame.event != "connected"]
-    assert ids == list(range(place + 1, place + 1 + len(ids)))
+    assert ids == list(range(last_id + 1, last_id + 1 + len(ids)))
     assert not second.of("gap")
 
 
 @pytest.mark.both_servers
-def test_streams_end_at_sigterm_before_the_exchanges_do(
+def test_sigterm_ends_event_streams_before_exchanges(
     launch: Launch, listen: Listen, state_url: str
 ) -> None:
     gateway = launch(STATE_URL=state_url)
@@ -232,13 +244,13 @@ def test_streams_end_at_sigterm_before_the_exchanges_do(
     slow = ask_slowly(gateway)
     gateway.process.send_signal(signal.SIGTERM)
     eventually(lambda: all(reader.ended() for reader in readers), 20)
-    # the exchange was not cut: it comes to its own end after the readers' end
+    # the exchange is not cut off: it ends on its own after the readers
     assert b"[DONE]" in slow.content
     gateway.process.wait(40)
 
 
 @pytest.mark.both_servers
-def test_a_reader_that_keeps_its_connection_open_does_not_delay_the_end(
+def test_a_reader_that_keeps_its_connection_open_does_not_delay_the_shutdown(
     launch: Launch, listen: Listen
 ) -> None:
     gateway = launch()
@@ -246,12 +258,12 @@ def test_a_reader_that_keeps_its_connection_open_does_not_delay_the_end(
     reader.until("connected")
     gateway.process.send_signal(signal.SIGTERM)
     eventually(reader.ended, 20)
-    # the reader's connection is still there, idle; the grace period (30 s) is not for it
+    # the idle connection of the reader is still open, but the grace period is for exchanges only
     assert gateway.process.wait(20) == 0
 
 
 @pytest.mark.both_servers
-def test_an_exchange_that_ends_in_time_does_not_delay_the_end(launch: Launch) -> None:
+def test_the_shutdown_does_not_outlast_the_last_exchange(launch: Launch) -> None:
     gateway = launch()
     slow = ask_slowly(gateway)
     gateway.process.send_signal(signal.SIGTERM)

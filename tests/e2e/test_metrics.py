@@ -1,4 +1,4 @@
-"""/metrics is right over all workers, dead ones too, and stays small whatever clients send."""
+"""/metrics covers all workers, dead ones included, and stays small whatever clients send."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def scrape(gateway: Gateway) -> Samples:
-    """Every sample of /metrics, read by Prometheus' own parser."""
-    answer = requests.get(f"{gateway.url}/metrics", headers=KEYED, timeout=30)
-    assert answer.status_code == 200
-    assert answer.headers["Content-Type"].startswith("text/plain")
+    """Every sample of /metrics, parsed by Prometheus' own client."""
+    response = requests.get(f"{gateway.url}/metrics", headers=KEYED, timeout=30)
+    assert response.status_code == 200
+    assert response.headers["Content-Type"].startswith("text/plain")
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(answer.text)
+        for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
-    """The sum of the samples of that name with these labels."""
+    """The sum of all samples with this name and these labels."""
     return sum(
         number
-        for (full, told), number in samples.items()
-        if full in (name, PREFIX + name) and labels.items() <= dict(told).items()
+        for (full, sample_labels), number in samples.items()
+        if full in (name, PREFIX + name) and labels.items() <= dict(sample_labels).items()
     )
 
 
@@ -57,7 +57,7 @@ def chat(stream: bool = False, count: int = 3) -> dict[str, Any]:
 
 
 def send(gateway: Gateway, method: str, path: str, **options: Any) -> int:
-    """One request over a connection of its own; returns its status."""
+    """Send one request over its own connection and return its status."""
     options["headers"] = {**KEYED, **options.get("headers", {})}
     return requests.request(method, gateway.url + path, timeout=60, **options).status_code
 
@@ -74,11 +74,11 @@ def shared_metered(
 
 @pytest.fixture
 def metered(shared_metered: Gateway, simulator: Simulator) -> Gateway:
-    """The module's gateway of two workers, which wants a key."""
+    """The module's gateway, with two workers and a key."""
     return shared_metered
 
 
-def test_the_counters_are_what_was_sent(metered: Gateway) -> None:
+def test_the_counters_match_the_requests(metered: Gateway) -> None:
     fault = {"headers": {"X-Simulator-Fault": "refuse-500"}}
     load: list[tuple[str, str, dict[str, Any]]] = [
         *[("POST", CHAT, {"json": chat()})] * 20,
@@ -97,7 +97,7 @@ def test_the_counters_are_what_was_sent(metered: Gateway) -> None:
     def grown(name: str, **labels: str) -> float:
         return value(after, name, **labels) - value(before, name, **labels)
 
-    # an exchange ends a moment after its client has read the last byte
+    # an exchange ends just after its client has read the last byte
     eventually(lambda: value(scrape(metered), "requests_in_flight") == 0, 20)
     after = scrape(metered)
     assert grown("requests_started_total") == grown("requests_total") == 49
@@ -113,11 +113,11 @@ def test_the_counters_are_what_was_sent(metered: Gateway) -> None:
     assert grown("tokens_total", type="output") == 35 * 3
     assert grown("tokens_total", type="input") == 35 * 3  # "count to 3" is three words
     assert grown("cancellations_total") == 0
-    # a body that is no JSON never reaches LM Studio
+    # malformed JSON never reaches LM Studio
     assert grown("upstream_seconds_count") == grown("overhead_seconds_count") == 46
 
 
-def test_loads_refusals_and_the_upstream_are_counted(
+def test_loads_rejections_and_the_upstream_are_measured(
     metered: Gateway, simulator: Simulator
 ) -> None:
     before = scrape(metered)
@@ -131,8 +131,8 @@ def test_loads_refusals_and_the_upstream_are_counted(
         labels = {"outcome": outcome}
         loads = [value(s, "model_loads_total", **labels) for s in (before, after)]
         assert loads[1] - loads[0] == 1
-    refused = [value(s, "auth_failures_total", reason="invalid_api_key") for s in (before, after)]
-    assert refused[1] - refused[0] == 3
+    rejected = [value(s, "auth_failures_total", reason="invalid_api_key") for s in (before, after)]
+    assert rejected[1] - rejected[0] == 3
     assert value(after, "upstream_up") == 1
     simulator.faults(silent_http=True)
     assert value(scrape(metered), "upstream_up") == 0
@@ -140,7 +140,7 @@ def test_loads_refusals_and_the_upstream_are_counted(
     assert value(scrape(metered), "upstream_up") == 1
 
 
-def test_what_runs_now_is_gauged(metered: Gateway, listen: Listen) -> None:
+def test_gauges_show_requests_in_flight_and_readers(metered: Gateway, listen: Listen) -> None:
     readers = [listen(metered, **KEYED) for _ in range(3)]
     eventually(lambda: value(scrape(metered), "event_subscribers") == 3, 20)
     before = value(scrape(metered), "cancellations_total")
@@ -162,7 +162,7 @@ def test_what_runs_now_is_gauged(metered: Gateway, listen: Listen) -> None:
     eventually(lambda: value(scrape(metered), "event_subscribers") == 0, 20)
 
 
-def test_after_a_worker_was_killed_nothing_counted_is_lost(launch: Launch) -> None:
+def test_killing_a_worker_loses_no_counts(launch: Launch) -> None:
     gateway = launch(GATEWAY_API_KEY=KEY)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: send(gateway, "POST", CHAT, json=chat()), range(24)))
@@ -184,12 +184,12 @@ def test_after_a_worker_was_killed_nothing_counted_is_lost(launch: Launch) -> No
     assert value(samples, "requests_started_total") == 24 + 6 + 10
     assert value(samples, "requests_total", status="200") == 34
     assert value(samples, "tokens_total", type="output") == 34 * 3
-    told = requests.get(f"{gateway.url}/debug/metrics", headers=KEYED, timeout=30).json()
-    assert told["performance"]["totalRequests"] == 40
-    assert told["performance"]["totalErrors"] == 6
+    metrics = requests.get(f"{gateway.url}/debug/metrics", headers=KEYED, timeout=30).json()
+    assert metrics["performance"]["totalRequests"] == 40
+    assert metrics["performance"]["totalErrors"] == 6
 
 
-def test_names_and_units_are_as_prometheus_wants_them(metered: Gateway) -> None:
+def test_names_and_units_follow_the_conventions_of_prometheus(metered: Gateway) -> None:
     send(metered, "POST", CHAT, json=chat(stream=True))
     text = requests.get(f"{metered.url}/metrics", headers=KEYED, timeout=30).text
     families = list(text_string_to_metric_families(text))
@@ -216,7 +216,7 @@ def odd_request(number: int) -> str:
     return f"{method} {path} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\nX-API-Key: {KEY}\r\n"
 
 
-def test_odd_requests_make_no_new_series(metered: Gateway) -> None:
+def test_odd_requests_create_no_new_series(metered: Gateway) -> None:
     def send_odd(number: int) -> None:
         with socket.create_connection(("127.0.0.1", metered.port), 30) as client:
             client.sendall(f"{odd_request(number)}Content-Length: 0\r\n\r\n".encode())
@@ -239,7 +239,9 @@ def metric_folders(pid: int) -> list[Path]:
     return list(Path(tempfile.gettempdir()).glob(f"lmstudio-gateway-metrics-{pid}-*"))
 
 
-def test_the_counter_files_go_with_the_gateway_and_those_of_dead_ones_too(launch: Launch) -> None:
+def test_counter_files_are_removed_at_shutdown_and_those_of_dead_gateways_at_the_start(
+    launch: Launch,
+) -> None:
     gateway = launch()
     assert requests.get(f"{gateway.url}/metrics", timeout=30).status_code == 200
     [folder] = metric_folders(gateway.process.pid)
@@ -257,21 +259,20 @@ def test_the_counter_files_go_with_the_gateway_and_those_of_dead_ones_too(launch
     assert not metric_folders(pid)
 
 
-def told_counters(client: Any) -> bytes:
-    """What the gateways have told each other, as it is stored."""
+def shared_counters(client: Any) -> bytes:
+    """The counters that the gateways share, as they are stored."""
     return b"".join(client.get(key) or b"" for key in client.keys("*counters*"))
 
 
-def test_counters_begin_anew_with_the_gateway(launch: Launch, state_url: str) -> None:
+def test_counters_start_at_zero_with_the_gateway(launch: Launch, state_url: str) -> None:
     gateway = launch(GATEWAY_API_KEY=KEY, STATE_URL=state_url)
     assert send(gateway, "POST", CHAT, json=chat()) == 200
     if state_url.startswith("redis"):
         with redis.Redis.from_url(state_url) as client:
-            # the machine has told the others
-            eventually(lambda: b'"requests": 1.0' in told_counters(client), 20)
+            eventually(lambda: b'"requests": 1.0' in shared_counters(client), 20)
     gateway.stop()
     gateway.log.unlink()
     gateway.start()
     assert value(scrape(gateway), "requests_total") == 0
-    told = json.loads(gateway.get("/debug/metrics", headers=KEYED).text)["performance"]
-    assert (told["totalRequests"], told["totalErrors"]) == (0, 0)
+    performance = json.loads(gateway.get("/debug/metrics", headers=KEYED).text)["performance"]
+    assert (performance["totalRequests"], performance["totalErrors"]) == (0, 0)

@@ -1,4 +1,4 @@
-"""What the running gateway answers is what /openapi.json says, to the last member."""
+"""The responses of a running gateway match /openapi.json to the last member."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EMBEDDING, TOO_LARGE = "text-embedding-nomic-embed-text-v1.5", "deepseek-r1-671b
 CHAT = {"model": SMALL, "messages": [{"role": "user", "content": "count to 3"}], "max_tokens": 9}
 LOAD, UNLOAD = "/admin/models/load", "/admin/models/unload"
 ACTIVATE, DEACTIVATE = "/admin/models/activate", "/admin/models/deactivate"
-#: The strict gateway's.
+#: The keys and the body limit of the strict gateway.
 KEY, ADMIN_KEY, LIMIT = "inference-key-0123456789", "admin-key-0123456789abc", 100_000
 Launch = Callable[..., Gateway]
 
 
 def closed(node: Any) -> Any:
-    """A schema whose objects have no members but those that it names, unless it says so."""
+    """A schema that rejects members which it does not name, unless it allows them explicitly."""
     if isinstance(node, list):
         return [closed(inner) for inner in node]
     if not isinstance(node, dict):
@@ -34,31 +34,31 @@ def closed(node: Any) -> Any:
 
 
 class Description:
-    """A gateway's own /openapi.json, which real answers are held against."""
+    """A gateway's own /openapi.json, against which real responses are checked."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self._paths = document["paths"]
         self._components = document["components"]
         self._schemas = {"components": closed({"schemas": self._components["schemas"]})}
 
-    def check(self, answer: requests.Response, status: int) -> requests.Response:
-        """The answer, which has this status, one of those described, and is as described."""
-        assert answer.status_code == status, answer.text
-        method, url = str(answer.request.method).lower(), str(answer.request.url)
+    def check(self, response: requests.Response, status: int) -> requests.Response:
+        """Check that the response has this status and matches its description; return it."""
+        assert response.status_code == status, response.text
+        method, url = str(response.request.method).lower(), str(response.request.url)
         responses = self._operation(urlsplit(url).path, method)["responses"]
         described = self._resolve(responses[str(status)])
         for name, reference in described["headers"].items():
             header = self._resolve(reference)
-            assert name in answer.headers, f"{method} {url} {status}: no {name}"
+            assert name in response.headers, f"{method} {url} {status}: no {name}"
             kind = header["schema"].get("type")
-            value = answer.headers[name]
+            value = response.headers[name]
             self._validate(int(value) if kind == "integer" else value, header["schema"])
-        kind = answer.headers["Content-Type"].partition(";")[0]
+        kind = response.headers["Content-Type"].partition(";")[0]
         content = described["content"]
         assert kind in content or "*/*" in content, f"{method} {url} {status}: {kind}"
         if kind == "application/json":
-            self._validate(answer.json(), content.get(kind, {}).get("schema", {}))
-        return answer
+            self._validate(response.json(), content.get(kind, {}).get("schema", {}))
+        return response
 
     def _operation(self, path: str, method: str) -> dict[str, Any]:
         if path not in self._paths:
@@ -99,7 +99,7 @@ def bearer(key: str) -> dict[str, Any]:
     return {"headers": {"Authorization": f"Bearer {key}"}}
 
 
-def test_the_answers_of_admin(gateway: Gateway, described: Description) -> None:
+def test_responses_of_admin(gateway: Gateway, described: Description) -> None:
     config = {"contextLength": 4096, "gpu": {"ratio": 0.5, "mainGpu": 0}, "seed": 1,
               "llamaKCacheQuantizationType": "q8_0", "ropeFrequencyBase": 10_000}  # fmt: skip
     defaults = {"temperature": 0.5, "stopStrings": ["x"]}
@@ -135,13 +135,13 @@ def test_the_answers_of_admin(gateway: Gateway, described: Description) -> None:
         (DEACTIVATE, {"modelKey": SMALL}, 400),
     ],
 )
-def test_the_errors_of_admin(
+def test_errors_of_admin(
     gateway: Gateway, described: Description, path: str, body: Any, status: int
 ) -> None:
     described.check(gateway.post(path, body), status)
 
 
-def test_the_answers_of_debug_metrics_and_health(
+def test_responses_of_debug_metrics_and_health(
     gateway: Gateway, described: Description, simulator: Simulator
 ) -> None:
     views = ("/debug/status", "/debug/metrics", "/metrics", "/health", "/health/ready")
@@ -178,7 +178,7 @@ def _loads(status: requests.Response) -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["/v1", ""])
-def test_inference(gateway: Gateway, described: Description, prefix: str) -> None:
+def test_responses_of_inference(gateway: Gateway, described: Description, prefix: str) -> None:
     described.check(gateway.post(f"{prefix}/chat/completions", CHAT | {"model": ""}), 400)
     for body in (CHAT, CHAT | {"stream": True}):
         described.check(gateway.post(f"{prefix}/chat/completions", body), 200)
@@ -201,7 +201,9 @@ PATHS = ["/v1/chat/completions", "/v1/messages", "/messages", "/api/v1/chat", LO
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_refusals_in_every_dialect(strict: Gateway, described: Description, path: str) -> None:
+def test_rejected_requests_of_every_dialect(
+    strict: Gateway, described: Description, path: str
+) -> None:
     described.check(strict.post(path, {}), 401)
     large = {"model": "m" * LIMIT}
     described.check(strict.post(path, large, **bearer(ADMIN_KEY)), 413)
@@ -217,14 +219,14 @@ def test_refusals_in_every_dialect(strict: Gateway, described: Description, path
     [({"X-Simulator-Head-Delay-Ms": "5000"}, 504), ({"X-Simulator-Fault": "garbage-head"}, 502)],
     ids=["silent", "broken"],
 )
-def test_lm_studios_failures(
+def test_failures_of_lm_studio(
     strict: Gateway, described: Description, path: str, fault: dict[str, str], status: int
 ) -> None:
     options = {"headers": fault | {"X-API-Key": KEY}}
     described.check(strict.post(path, CHAT, **options), status)
 
 
-def test_an_lm_studio_that_is_away(unreachable: Gateway, described: Description) -> None:
+def test_an_unreachable_lm_studio(unreachable: Gateway, described: Description) -> None:
     for path in PATHS:
         body = {"modelKey": SMALL} if path == LOAD else CHAT
         described.check(unreachable.post(path, body), 503)
@@ -233,10 +235,7 @@ def test_an_lm_studio_that_is_away(unreachable: Gateway, described: Description)
     assert described.check(unreachable.get("/health"), 200).json()["status"] == "degraded"
 
 
-# Who may read it
-
-
-def test_any_key_opens_the_document_and_none_does_not(strict: Gateway, launch: Launch) -> None:
+def test_reading_the_document_needs_a_key_of_any_role(strict: Gateway, launch: Launch) -> None:
     admins_only = launch(GATEWAY_ADMIN_KEY=ADMIN_KEY, WEB_CONCURRENCY=1)
     for gateway, keys in ((strict, [KEY, ADMIN_KEY]), (admins_only, [ADMIN_KEY])):
         for path in ("/openapi.json", "/openapi.json/"):

@@ -1,4 +1,4 @@
-"""The active model is the same in every worker, from the activating answer on, and survives."""
+"""A new active model applies to every worker as soon as it is activated, and survives restarts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Launch = Callable[..., Gateway]
 
 
 def activate(gateway: Gateway, key: str, **body: Any) -> None:
-    answer = gateway.post("/admin/models/activate", {"modelKey": key, **body})
-    assert answer.status_code == 200, answer.text
+    response = gateway.post("/admin/models/activate", {"modelKey": key, **body})
+    assert response.status_code == 200, response.text
 
 
 def chat(gateway: Gateway, count: int) -> list[int]:
-    """So many chats without a model, each over a new connection, so that both workers serve."""
+    """Send chats without a model over new connections, so that both workers serve some."""
 
     def one(_: int) -> int:
         body = {"messages": MESSAGES}
@@ -45,7 +45,7 @@ def models_sent(simulator: Simulator, since: int = 0) -> list[str]:
     ]
 
 
-def test_every_request_after_an_activation_sees_it(gateway: Gateway, simulator: Simulator) -> None:
+def test_every_request_after_an_activation_uses_it(gateway: Gateway, simulator: Simulator) -> None:
     assert len(gateway.workers()) == 2
     activate(gateway, QWEN, defaultInference={"temperature": 0.25})
     assert chat(gateway, 200) == [200] * 200
@@ -54,7 +54,7 @@ def test_every_request_after_an_activation_sees_it(gateway: Gateway, simulator: 
     assert {body["temperature"] for body in bodies} == {0.25}
 
 
-def test_alternating_activations_are_never_mixed_up(gateway: Gateway, simulator: Simulator) -> None:
+def test_alternating_activations_never_get_mixed_up(gateway: Gateway, simulator: Simulator) -> None:
     for number in range(20):
         key = (QWEN, SMALL)[number % 2]
         since = max((one["id"] for one in simulator.requests()), default=0)
@@ -63,34 +63,34 @@ def test_alternating_activations_are_never_mixed_up(gateway: Gateway, simulator:
         assert models_sent(simulator, since) == [key] * 8
 
 
-def test_a_deactivation_is_seen_by_every_worker_at_once(gateway: Gateway) -> None:
+def test_every_worker_sees_a_deactivation_at_once(gateway: Gateway) -> None:
     for _ in range(10):
         activate(gateway, SMALL)
         assert gateway.post("/admin/models/deactivate").status_code == 200
         assert chat(gateway, 8) == [400] * 8
 
 
-def test_a_load_is_seen_by_every_worker_at_once(gateway: Gateway, simulator: Simulator) -> None:
+def test_every_worker_sees_a_load_at_once(gateway: Gateway, simulator: Simulator) -> None:
     body = {"modelKey": SMALL, "instanceId": "mine"}
     assert gateway.post("/admin/models/load", body).status_code == 200
     assert chat(gateway, 20) == [200] * 20
     assert models_sent(simulator) == ["mine"] * 20
 
 
-def test_what_the_client_names_is_never_replaced(gateway: Gateway, simulator: Simulator) -> None:
+def test_values_of_the_client_are_never_replaced(gateway: Gateway, simulator: Simulator) -> None:
     activate(gateway, QWEN, defaultInference={"temperature": 0.25})
     body = {"model": SMALL, "messages": MESSAGES, "temperature": 1}
     assert gateway.post("/v1/chat/completions", body).status_code == 200
     assert json.loads(simulator.last_request()["body"]) == body
 
 
-def test_embeddings_get_the_active_model_only_when_it_is_one(
+def test_embeddings_get_the_active_model_only_if_it_is_an_embedding_model(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     activate(gateway, SMALL)
-    answer = gateway.post("/v1/embeddings", {"input": "x"})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "no_active_model"
+    response = gateway.post("/v1/embeddings", {"input": "x"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "no_active_model"
     activate(gateway, EMBEDDING)
     assert gateway.post("/v1/embeddings", {"input": "x"}).status_code == 200
     assert json.loads(simulator.last_request()["body"])["model"] == EMBEDDING
@@ -101,9 +101,9 @@ def test_odd_names_of_the_active_model_reach_lm_studio(
 ) -> None:
     for odd in ('a"b\\c', "ü€😀"):
         activate(gateway, odd)
-        answer = gateway.post("/v1/chat/completions", {"messages": MESSAGES})
-        assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]["code"] == "model_not_found"
+        response = gateway.post("/v1/chat/completions", {"messages": MESSAGES})
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["code"] == "model_not_found"
         assert json.loads(simulator.last_request()["body"])["model"] == odd
 
 
@@ -119,7 +119,7 @@ def test_the_active_model_survives_a_restart(launch: Launch, simulator: Simulato
     assert models_sent(simulator) == [SMALL] * 4
 
 
-def test_two_gateways_on_one_state_agree(launch: Launch, simulator: Simulator) -> None:
+def test_two_gateways_that_share_a_state_agree(launch: Launch, simulator: Simulator) -> None:
     first = launch(WEB_CONCURRENCY=1)
     second = launch(WEB_CONCURRENCY=1, STATE_URL=first.environ["STATE_URL"])
     for key in (QWEN, SMALL, QWEN):
@@ -129,7 +129,7 @@ def test_two_gateways_on_one_state_agree(launch: Launch, simulator: Simulator) -
     assert first.get("/admin/models").json()["active"] is None
 
 
-def test_lm_studios_own_listing_shows_what_the_gateway_loaded(gateway: Gateway) -> None:
+def test_lm_studio_lists_models_that_the_gateway_loaded(gateway: Gateway) -> None:
     body = {"modelKey": SMALL, "instanceId": "mine", "loadConfig": {"contextLength": 2048}}
     assert gateway.post("/admin/models/load", body).status_code == 200
     native = gateway.get("/api/v0/models").json()["data"]

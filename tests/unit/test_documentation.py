@@ -1,4 +1,4 @@
-"""README.rst and .env.example name exactly what the code has."""
+"""README.rst and .env.example document exactly what the code offers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.settings import TABLE, load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.rst").read_text()
-#: What gunicorn and the commands for administrators read: no settings of a gateway.
+#: Variables that gunicorn and the administrators' commands read; they are not in the table.
 OTHERS = {"WEB_CONCURRENCY", "GATEWAY_URL"}
 COMMANDS = (*models.COMMANDS, *watching.COMMANDS)
 VARIABLES = {setting.variable for setting in TABLE} | OTHERS
@@ -23,12 +23,12 @@ def test_readme_lists_every_setting_and_no_other() -> None:
     assert set(re.findall(r"^``([A-Z_]+)`` ", table, re.MULTILINE)) == VARIABLES
 
 
-def test_readme_gives_the_defaults_of_the_code() -> None:
+def test_readme_shows_the_default_of_every_setting() -> None:
     for setting in TABLE:
         row = re.search(rf"^``{setting.variable}`` +(\S+)", README, re.MULTILINE)
         assert row is not None
-        shown = row[1].strip("`")
-        assert shown == (setting.default or {"STATE_URL": "SQLite"}.get(setting.variable, "empty"))
+        default = setting.default or {"STATE_URL": "SQLite"}.get(setting.variable, "empty")
+        assert row[1].strip("`") == default
 
 
 def test_env_example_lists_every_setting_with_its_default() -> None:
@@ -50,8 +50,8 @@ def test_readme_lists_every_route_and_no_other(tmp_path: Path) -> None:
 
 def test_readme_lists_every_command_and_no_other() -> None:
     table = README.split("\nCommand line\n")[1].split("\n.. code-block")[0]
-    shown = re.findall(r"^``lmstudio-gateway ([a-z]+)\b.*?`` ", table, re.MULTILINE)
-    assert shown == [command.name for command in COMMANDS]
+    documented = re.findall(r"^``lmstudio-gateway ([a-z]+)\b.*?`` ", table, re.MULTILINE)
+    assert documented == [command.name for command in COMMANDS]
 
 
 def test_readme_lists_every_event_and_no_other() -> None:
@@ -61,9 +61,9 @@ def test_readme_lists_every_event_and_no_other() -> None:
 
 def test_readme_lists_every_metric_and_no_other() -> None:
     table = README.split("\nMetric  ")[1].split("The log goes")[0]
-    shown = set(re.findall(r"^``([a-z_]+)`` ", table, re.MULTILINE))
+    documented = set(re.findall(r"^``([a-z_]+)`` ", table, re.MULTILINE))
     text = Metrics().exposition(lambda: True).decode()
-    assert shown == set(re.findall(r"^# TYPE (\S+) (?!gauge\n.*_created)", text, re.MULTILINE))
+    assert documented == set(re.findall(r"^# TYPE (\S+) (?!gauge\n.*_created)", text, re.MULTILINE))
 
 
 def test_ci_runs_the_readme_test_command() -> None:

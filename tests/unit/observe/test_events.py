@@ -1,4 +1,5 @@
-"""The event queue of one worker: never in the way, bounded, honest about what it dropped."""
+"""The event queue of one worker never blocks, is bounded, and reports what it dropped; its readers
+get every event in order or a gap."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 
 from gateway.clock import elapsed_ms, timestamp
 from gateway.observe import EventBus
-from gateway.observe.events import MAX_WAITING
+from gateway.observe.events import MAX_QUEUED
 from gateway.observe.readers import (
     MAX_RECENT,
     MAX_SUBSCRIBERS,
@@ -26,14 +27,14 @@ NO_TYPES: frozenset[str] = frozenset()
 
 
 class Store:
-    """A store in memory that can be away, and that forgets what is older than ``keeps`` events."""
+    """A store in memory that keeps the newest ``keeps`` events and can be made unavailable."""
 
     def __init__(self, keeps: int = 100_000) -> None:
         self.keeps = keeps
         self.log: list[StoredEvent] = []
         self.running: dict[str, Any] = {}
         self.newest = 0
-        self.away = False
+        self.unavailable = False
         self.reads = 0
 
     def append(self, batch: Batch) -> None:
@@ -66,12 +67,12 @@ class Store:
         return []
 
     def _check(self) -> None:
-        if self.away:
-            raise StoreError("away")
+        if self.unavailable:
+            raise StoreError("unavailable")
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("events", "readers"):
         monkeypatch.setattr(f"gateway.observe.{module}.RETRY_SECONDS", 0.02)
 
@@ -86,22 +87,23 @@ def bus(store: Store) -> Iterator[EventBus]:
     bus = EventBus(store)  # type: ignore[arg-type]
     bus.start()
     yield bus
-    store.away = False
+    store.unavailable = False
     bus.stop()
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Let the greenlets run until something holds."""
+    """Let the greenlets run until the condition holds."""
     with gevent.Timeout(20):
         while not condition():
             gevent.sleep(0.005)
 
 
-def told(store: Store, kind: str) -> list[dict[str, Any]]:
+def logged(store: Store, kind: str) -> list[dict[str, Any]]:
+    """The data of the events of a type in the log."""
     return [json.loads(event.data) for event in store.log if event.type == kind]
 
 
-def test_events_are_stored_in_order_with_the_time_they_were_told(
+def test_events_are_stored_in_order_with_the_time_of_publishing(
     bus: EventBus, store: Store
 ) -> None:
     before = timestamp(time.time())
@@ -109,8 +111,8 @@ def test_events_are_stored_in_order_with_the_time_they_were_told(
         bus.publish("error", {"n": number})
     after = timestamp(time.time())
     until(lambda: len(store.log) == 5000)
-    assert [data["n"] for data in told(store, "error")] == list(range(5000))
-    assert all(before <= data["timestamp"] <= after for data in told(store, "error"))
+    assert [data["n"] for data in logged(store, "error")] == list(range(5000))
+    assert all(before <= data["timestamp"] <= after for data in logged(store, "error"))
 
 
 def test_publishing_costs_microseconds(bus: EventBus) -> None:
@@ -120,72 +122,76 @@ def test_publishing_costs_microseconds(bus: EventBus) -> None:
     print(f"publish: {(time.perf_counter() - start) * 100:.2f} µs")
 
 
-def test_a_dead_store_takes_no_memory_and_what_was_dropped_is_told(store: Store) -> None:
+def test_an_unavailable_store_takes_no_memory_and_dropped_events_are_reported(
+    store: Store,
+) -> None:
     dropped: list[int] = []
     bus = EventBus(store, dropped.append)  # type: ignore[arg-type]
-    store.away = True
+    store.unavailable = True
     bus.start()
     extra = 5000
-    for number in range(MAX_WAITING + extra):
+    for number in range(MAX_QUEUED + extra):
         bus.publish("error", {"n": number})
-    assert len(bus._waiting) == MAX_WAITING
+    assert len(bus._queue) == MAX_QUEUED
     gevent.sleep(0.1)
     assert store.log == []
-    store.away = False
-    until(lambda: not bus._waiting)
-    until(lambda: told(store, "error")[-1:] and told(store, "error")[-1]["n"] == number)
-    kept = [data["n"] for data in told(store, "error")]
-    gaps = told(store, "gap")
+    store.unavailable = False
+    until(lambda: not bus._queue)
+    until(lambda: logged(store, "error")[-1:] and logged(store, "error")[-1]["n"] == number)
+    kept = [data["n"] for data in logged(store, "error")]
+    gaps = logged(store, "gap")
     assert sum(gap["missed"] for gap in gaps) == sum(dropped) == extra
-    assert kept == list(range(extra, MAX_WAITING + extra))
+    assert kept == list(range(extra, MAX_QUEUED + extra))
     assert store.log[0].type == "gap"
     bus.stop()
 
 
-def test_what_ended_while_its_event_was_dropped_is_not_in_flight_for_ever(
+def test_an_exchange_whose_end_event_was_dropped_does_not_stay_in_flight(
     bus: EventBus, store: Store
 ) -> None:
     bus.publish("inference_start", {"requestId": "r"}, "r")
     until(lambda: "r" in store.running)
-    store.away = True
+    store.unavailable = True
     bus.publish("inference_complete", {"requestId": "r"}, "r")
-    for number in range(MAX_WAITING * 2):
+    for number in range(MAX_QUEUED * 2):
         bus.publish("error", {"n": number})
-    store.away = False
-    until(lambda: not bus._waiting)
-    until(lambda: told(store, "error")[-1:] and told(store, "error")[-1]["n"] == number)
+    store.unavailable = False
+    until(lambda: not bus._queue)
+    until(lambda: logged(store, "error")[-1:] and logged(store, "error")[-1]["n"] == number)
     assert store.running == {}
 
 
-def test_what_is_told_at_the_end_is_stored(store: Store) -> None:
+def test_events_published_just_before_the_stop_are_stored(store: Store) -> None:
     bus = EventBus(store)  # type: ignore[arg-type]
     bus.start()
     bus.publish("error", {"n": 1})
     bus.stop()
-    assert [data["n"] for data in told(store, "error")] == [1]
+    assert [data["n"] for data in logged(store, "error")] == [1]
 
 
-def test_why_events_wait_and_how_many_are_lost_at_the_end_is_told(
+def test_a_store_error_and_the_number_of_events_lost_at_shutdown_are_reported(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = EventBus(store)  # type: ignore[arg-type]
     bus.start()
-    store.away = True
+    store.unavailable = True
     bus.publish("error", {"n": 1})
-    until(lambda: bus.trouble)
-    store.away = False
-    until(lambda: told(store, "error"))
-    assert bus.trouble == ""
-    store.away = True
+    until(lambda: bus.store_error)
+    store.unavailable = False
+    until(lambda: logged(store, "error"))
+    assert bus.store_error == ""
+    store.unavailable = True
     bus.publish("error", {"n": 2})
-    until(lambda: bus.trouble)
+    until(lambda: bus.store_error)
     for number in range(3, 6):
         bus.publish("error", {"n": number})
     bus.stop()
-    assert caplog.messages[-1] == "4 events were lost at the end"
+    assert caplog.messages[-1] == "4 events were lost at shutdown"
 
 
-def test_what_runs_ages_by_the_steady_clock_where_it_began(bus: EventBus, store: Store) -> None:
+def test_time_in_flight_is_measured_by_the_steady_clock_of_its_machine(
+    bus: EventBus, store: Store
+) -> None:
     bus.publish("inference_start", {"requestId": "r"}, "r")
     until(lambda: "r" in store.running)
     running = json.loads(store.running["r"])
@@ -197,7 +203,7 @@ def test_what_runs_ages_by_the_steady_clock_where_it_began(bus: EventBus, store:
 
 
 class Reader:
-    """A greenlet that takes what a stream gives."""
+    """A greenlet that reads a stream to its end."""
 
     def __init__(self, tail: Any, last_id: int | None = None, types: frozenset[str] = NO_TYPES):
         self.stream = tail.subscribe(last_id, types)
@@ -213,7 +219,7 @@ class Reader:
         return b"".join(piece or b"" for piece in self.pieces).decode()
 
     def ids(self) -> list[int]:
-        """The ids behind ``connected``."""
+        """The ids of the events after ``connected``."""
         found = [line[4:] for line in self.text.split("\n") if line.startswith("id: ")]
         return [int(one) for one in found[1:]]
 
@@ -239,7 +245,7 @@ def fill(store: Store, count: int, kind: str = "error") -> None:
     store.append(Batch([(kind, b'{"n": 1}')] * count))
 
 
-def test_a_reader_gets_what_comes_after_it(store: Store, read: Callable[..., Reader]) -> None:
+def test_a_new_reader_gets_only_later_events(store: Store, read: Callable[..., Reader]) -> None:
     fill(store, 5)
     reader = read(Tail(store))  # type: ignore[arg-type]
     until(lambda: reader.pieces)
@@ -249,7 +255,7 @@ def test_a_reader_gets_what_comes_after_it(store: Store, read: Callable[..., Rea
     assert reader.ids() == [6, 7, 8]
 
 
-def test_a_reader_resumes_behind_its_last_event(store: Store, read: Callable[..., Reader]) -> None:
+def test_a_reader_resumes_after_its_last_event(store: Store, read: Callable[..., Reader]) -> None:
     fill(store, MAX_RECENT * 2)
     reader = read(Tail(store), 7)  # type: ignore[arg-type]
     until(lambda: len(reader.ids()) == MAX_RECENT * 2 - 7)
@@ -257,7 +263,7 @@ def test_a_reader_resumes_behind_its_last_event(store: Store, read: Callable[...
     assert "gap" not in reader.text
 
 
-def test_a_reader_that_comes_too_late_is_told_how_many_it_missed(
+def test_a_reader_that_resumes_too_late_gets_the_number_of_missed_events(
     read: Callable[..., Reader],
 ) -> None:
     store = Store(keeps=100)
@@ -269,7 +275,7 @@ def test_a_reader_that_comes_too_late_is_told_how_many_it_missed(
     assert reader.ids() == [900, *range(901, 1001)]
 
 
-def test_a_slow_reader_is_told_its_gap_and_holds_no_memory() -> None:
+def test_a_slow_reader_gets_a_gap_and_holds_no_memory() -> None:
     store = Store(keeps=MAX_RECENT)
     tail = Tail(store)  # type: ignore[arg-type]
     slow = tail.subscribe(None, NO_TYPES)
@@ -287,7 +293,9 @@ def test_a_slow_reader_is_told_its_gap_and_holds_no_memory() -> None:
     slow.close()
 
 
-def test_types_are_chosen(store: Store, read: Callable[..., Reader]) -> None:
+def test_a_reader_gets_only_the_types_that_it_asked_for(
+    store: Store, read: Callable[..., Reader]
+) -> None:
     tail = Tail(store)  # type: ignore[arg-type]
     reader = read(tail, 0, frozenset({"model_activate"}))
     fill(store, 5)
@@ -305,14 +313,14 @@ def test_a_quiet_reader_gets_comments_even_while_others_are_busy(
     tail = Tail(store)  # type: ignore[arg-type]
     idle = read(tail)
     until(lambda: None in idle.pieces)
-    chosen = read(tail, None, frozenset({"model_activate"}))
-    with gevent.Timeout(10, AssertionError("no comment while other types are told")):
-        while None not in chosen.pieces:
+    filtered = read(tail, None, frozenset({"model_activate"}))
+    with gevent.Timeout(10, AssertionError("no comment while only other types are published")):
+        while None not in filtered.pieces:
             fill(store, 1)
             gevent.sleep(0.02)
 
 
-def test_readers_are_bounded_and_those_that_leave_make_room(
+def test_the_number_of_readers_is_bounded_and_closed_ones_free_their_place(
     store: Store, read: Callable[..., Reader]
 ) -> None:
     tail = Tail(store)  # type: ignore[arg-type]
@@ -326,9 +334,7 @@ def test_readers_are_bounded_and_those_that_leave_make_room(
     assert tail.subscribers == MAX_SUBSCRIBERS
 
 
-def test_the_store_is_read_only_while_somebody_listens(
-    store: Store, read: Callable[..., Reader]
-) -> None:
+def test_the_store_is_not_read_without_readers(store: Store, read: Callable[..., Reader]) -> None:
     tail = Tail(store)  # type: ignore[arg-type]
     first, second = read(tail), read(tail)
     fill(store, 10)
@@ -343,17 +349,19 @@ def test_the_store_is_read_only_while_somebody_listens(
     assert tail.subscribers == 0
 
 
-def test_a_store_that_was_away_is_read_on(store: Store, read: Callable[..., Reader]) -> None:
+def test_readers_go_on_when_the_store_is_available_again(
+    store: Store, read: Callable[..., Reader]
+) -> None:
     reader = read(Tail(store))  # type: ignore[arg-type]
     until(lambda: reader.pieces)
-    store.away = True
+    store.unavailable = True
     gevent.sleep(0.1)
-    store.away = False
+    store.unavailable = False
     fill(store, 3)
     until(lambda: reader.ids() == [1, 2, 3])
 
 
-def test_readers_of_a_stopped_worker_end(store: Store, read: Callable[..., Reader]) -> None:
+def test_stopping_the_streams_ends_every_reader(store: Store, read: Callable[..., Reader]) -> None:
     bus = EventBus(store)  # type: ignore[arg-type]
     readers = [read(bus) for _ in range(5)]
     until(lambda: all(reader.pieces for reader in readers))

@@ -1,4 +1,4 @@
-"""What a record says of its exchange, whatever happened to it."""
+"""A record reports how its exchange ended, with its times and tokens."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ def record() -> Record:
 
 
 def test_only_the_first_end_counts(record: Record) -> None:
-    told: list[Record] = []
-    record.on_finish = told.append
+    finished: list[Record] = []
+    record.on_finish = finished.append
     record.finish()
     moment = record.ended
     record.finish(cancelled=True)
-    assert told == [record]
+    assert finished == [record]
     assert (record.ended, record.status, record.cancelled) == (moment, 200, False)
 
 
-def test_a_client_that_left_is_a_499_but_no_error(record: Record) -> None:
+def test_a_cancelled_exchange_has_status_499_and_is_not_an_error(record: Record) -> None:
     record.finish(cancelled=True)
     assert (record.status, record.cancelled, record.counts_as_error) == (499, True, False)
 
 
 @pytest.mark.parametrize(("status", "errors"), [(200, False), (399, False), (400, True)])
-def test_refused_exchanges_are_errors(record: Record, status: int, errors: bool) -> None:
+def test_exchanges_with_an_error_status_are_errors(
+    record: Record, status: int, errors: bool
+) -> None:
     record.status = status
     record.finish()
     assert record.counts_as_error is errors
 
 
-def test_a_stream_that_broke_is_an_error_whatever_its_status(record: Record) -> None:
+def test_a_broken_stream_is_an_error_whatever_its_status(record: Record) -> None:
     record.fail("first")
     record.fail("second")
     record.finish()
@@ -47,7 +49,7 @@ def test_a_stream_that_broke_is_an_error_whatever_its_status(record: Record) -> 
     assert record.error == "first"
 
 
-def test_the_first_byte_is_the_first_of_the_body(record: Record) -> None:
+def test_the_first_byte_is_that_of_the_body(record: Record) -> None:
     record.started = time.monotonic()
     record.sent(b"")
     assert record.first_byte is None
@@ -68,16 +70,15 @@ def test_the_first_byte_is_the_first_of_the_body(record: Record) -> None:
         ({"promptTokens": 3, "completionTokens": 4}, (3, 4, 7)),
     ],
 )
-def test_usage_has_all_three_numbers_or_null(
+def test_token_usage_always_has_three_members(
     record: Record, tokens: dict[str, int], usage: tuple[Any, ...]
 ) -> None:
     record.tokens = tokens
-    told = record.complete_event()["tokenUsage"]
     names = ("promptTokens", "completionTokens", "totalTokens")
-    assert told == dict(zip(names, usage, strict=True))
+    assert record.complete_event()["tokenUsage"] == dict(zip(names, usage, strict=True))
 
 
-def test_the_speed_is_from_the_first_byte_of_a_stream_and_of_the_whole_otherwise(
+def test_tokens_per_second_count_from_the_first_byte_of_a_stream_or_from_the_start(
     record: Record,
 ) -> None:
     record.tokens, record.first_byte, record.ended = {"completionTokens": 30}, 101.0, 104.0
@@ -85,12 +86,12 @@ def test_the_speed_is_from_the_first_byte_of_a_stream_and_of_the_whole_otherwise
     record.stream = True
     assert record.tokens_per_second == 10.0
     record.first_byte = record.ended
-    assert record.tokens_per_second is not None  # all at once: no division by zero
+    assert record.tokens_per_second is not None  # no division by zero
     record.tokens = {}
     assert record.tokens_per_second is None
 
 
 def test_times_are_milliseconds_with_one_decimal(record: Record) -> None:
     record.first_byte, record.ended = 100.1234, 101.98765
-    told = record.complete_event()
-    assert (told["ttftMs"], told["totalTimeMs"]) == (123.4, 1987.7)
+    complete = record.complete_event()
+    assert (complete["ttftMs"], complete["totalTimeMs"]) == (123.4, 1987.7)

@@ -1,4 +1,4 @@
-"""An exchange's end reaches the metrics, the events and the log, each once and in order."""
+"""The end of an exchange is reported to the metrics, the events and the log, once and in order."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from gateway.observe.access_log import MAX_LINES
 
 
 class Events:
-    """Takes what is told."""
+    """Records what is published."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, dict[str, Any], str]] = []
+        self.published: list[tuple[str, dict[str, Any], str]] = []
 
     def publish(self, event: str, data: dict[str, Any], operation: str = "") -> None:
-        self.told.append((event, data, operation))
+        self.published.append((event, data, operation))
+
+    @property
+    def types(self) -> list[str]:
+        return [event for event, _, _ in self.published]
 
 
 class Metrics:
-    """Counts what is counted."""
+    """Counts the calls."""
 
     def __init__(self) -> None:
         self.begun, self.ended = 0, 0
@@ -36,7 +40,7 @@ class Metrics:
 
 
 def record() -> Record:
-    return Record("req_1", "alice", "POST", "/v1/chat/completions", asked_model="a", model="b")
+    return Record("req_1", "alice", "POST", "/v1/chat/completions", requested_model="a", model="b")
 
 
 @pytest.fixture
@@ -45,53 +49,54 @@ def events() -> Events:
 
 
 @pytest.fixture
-def accounts(events: Events) -> Reporter:
+def reporter(events: Events) -> Reporter:
     return Reporter(events, Metrics(), AccessLog("error", "text"))  # type: ignore[arg-type]
 
 
-def test_an_exchange_is_told_when_it_begins_and_when_it_ends(
-    accounts: Reporter, events: Events
+def test_the_start_and_the_end_of_an_exchange_are_published(
+    reporter: Reporter, events: Events
 ) -> None:
     one = record()
-    accounts.begin(one)
+    reporter.begin(one)
     one.status = 200
     one.finish()
-    told = [(kind, data["requestId"], operation) for kind, data, operation in events.told]
-    assert [entry[0] for entry in told] == ["inference_start", "inference_complete"]
-    assert {entry[1] for entry in told} == {"req_1"}
-    assert told[0][2] == told[1][2] != ""
+    assert events.types == ["inference_start", "inference_complete"]
+    assert {data["requestId"] for _, data, _ in events.published} == {"req_1"}
+    start, end = (operation for _, _, operation in events.published)
+    assert start == end != ""
 
 
-def test_a_failure_is_told_before_the_end(accounts: Reporter, events: Events) -> None:
+def test_a_failure_is_published_before_the_end(reporter: Reporter, events: Events) -> None:
     one = record()
-    accounts.begin(one)
+    reporter.begin(one)
     one.fail("why")
     one.finish()
-    kinds = [kind for kind, _, _ in events.told]
-    assert kinds == ["inference_start", "error", "inference_complete"]
-    error = events.told[1][1]
+    assert events.types == ["inference_start", "error", "inference_complete"]
+    error = events.published[1][1]
     assert error.keys() == {"requestId", "operation", "error", "totalTimeMs"}
     assert (error["operation"], error["error"]) == ("inference", "why")
 
 
-def test_a_client_that_left_is_no_failure(accounts: Reporter, events: Events) -> None:
+def test_a_cancelled_exchange_publishes_no_error(reporter: Reporter, events: Events) -> None:
     one = record()
-    accounts.begin(one)
+    reporter.begin(one)
     one.fail("the client closed the connection")
     one.finish(cancelled=True)
-    assert [kind for kind, _, _ in events.told] == ["inference_start", "inference_complete"]
+    assert events.types == ["inference_start", "inference_complete"]
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_the_last_lines_are_written_at_the_end(
+def test_stopping_the_log_writes_its_last_lines(
     form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = AccessLog("info", form)
     log.start()
     one = record()
     one.finish()
-    log.exchange(one)
-    log.request({"requestId": "r", "client": "", "method": "GET", "path": "/health", "status": 200})
+    log.log_exchange(one)
+    log.log_request(
+        {"requestId": "r", "client": "", "method": "GET", "path": "/health", "status": 200}
+    )
     log.stop()
     first, second = capsys.readouterr().err.splitlines()
     assert "req_1" in first
@@ -100,12 +105,14 @@ def test_the_last_lines_are_written_at_the_end(
         assert json.loads(first)["modelAsked"] == "a"
 
 
-def test_lines_are_written_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_written_without_waiting_for_the_stop(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     log = AccessLog("info", "text")
     log.start()
     one = record()
     one.finish()
-    log.exchange(one)
+    log.log_exchange(one)
     text = ""
     with gevent.Timeout(20):
         while "req_1" not in text:
@@ -115,17 +122,17 @@ def test_lines_are_written_while_it_runs(capsys: pytest.CaptureFixture[str]) -> 
     assert text.count("\n") == 1
 
 
-def test_lines_that_nobody_takes_need_no_memory() -> None:
+def test_the_queue_of_lines_is_bounded() -> None:
     log = AccessLog("info", "text")
     one = record()
     one.finish()
     for _ in range(MAX_LINES + 10):
-        log.exchange(one)
-    assert len(log._waiting) == MAX_LINES
+        log.log_exchange(one)
+    assert len(log._queue) == MAX_LINES
 
 
 @pytest.mark.parametrize("level", ["warn", "error"])
-def test_above_info_nothing_is_kept(level: str) -> None:
+def test_above_info_no_lines_are_queued(level: str) -> None:
     log = AccessLog(level, "text")
-    log.exchange(record())
-    assert not log._waiting
+    log.log_exchange(record())
+    assert not log._queue

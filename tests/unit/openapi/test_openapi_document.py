@@ -1,4 +1,4 @@
-"""The description of the API is valid, complete, and says what the code checks."""
+"""The OpenAPI document is valid, complete, and agrees with the validation of the code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from gateway.settings import load
 DOCUMENT = document()
 PATHS = DOCUMENT["paths"]
 COMPONENTS = DOCUMENT["components"]
-#: Methods that Flask adds by itself.
+#: Methods that Flask adds on its own.
 IMPLIED = {"HEAD", "OPTIONS"}
 
 
 @pytest.fixture(scope="module")
 def rules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rule]:
-    """The application's routes by their paths in OpenAPI's form."""
+    """The routes of the application by their paths in OpenAPI's notation."""
     state = tmp_path_factory.mktemp("state") / "state.db"
     app = create_app(load({"STATE_URL": f"sqlite:///{state}"}))
     return {rule.rule.replace("<path:rest>", "{path}"): rule for rule in app.url_map.iter_rules()}
@@ -42,12 +42,12 @@ def test_the_document_is_valid_openapi() -> None:
 
 
 def test_every_route_is_described_and_no_other(rules: dict[str, Rule]) -> None:
-    # what has a shorthand stands beside /v1/{path}, which serves it
+    # paths with a shorthand are described one by one, although /v1/{path} serves them
     shorthand = {*errors.SHORTHAND, "/models/{path}"}
     expected = set(rules) | {"/v1" + path for path in shorthand}
     undescribed, unknown = sorted(expected - set(PATHS)), sorted(set(PATHS) - expected)
     assert not undescribed, f"gateway/openapi/operations.py does not describe {undescribed}"
-    assert not unknown, f"gateway/openapi/operations.py describes what is no route: {unknown}"
+    assert not unknown, f"gateway/openapi/operations.py describes missing routes: {unknown}"
 
 
 def test_every_method_is_described_and_no_other(rules: dict[str, Rule]) -> None:
@@ -66,7 +66,7 @@ def test_every_path_parameter_is_named() -> None:
             assert bool(named) == ("{path}" in path), path
 
 
-def test_whatever_is_injected_is_described() -> None:
+def test_every_injected_member_is_described() -> None:
     for path, endpoint in injection.ENDPOINTS.items():
         for known in (path, path.removeprefix("/v1")):
             body = PATHS[known]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -87,7 +87,7 @@ def test_every_component_is_used() -> None:
     assert defined <= set(refs(DOCUMENT))
 
 
-def test_it_is_built_on_first_use_only(tmp_path: Path) -> None:
+def test_the_document_is_built_on_first_use(tmp_path: Path) -> None:
     program = (
         "import sys; from gateway.app import create_app; from gateway.settings import load\n"
         f"client = create_app(load({{'STATE_URL': 'sqlite:///{tmp_path}/s.db'}})).test_client()\n"
@@ -105,8 +105,8 @@ BODIES: dict[str, Schema] = {
     "Activate": schemas.ActivateSchema(),
     "Deactivate": schemas.DeactivateSchema(),
 }
-#: For every field, whether it takes them or not. (JSON Schema takes 8.0 for whole, the gateway
-#: does not: no such are here.)
+#: Tried for every field, valid or not. JSON Schema accepts 8.0 as an integer and the gateway does
+#: not, so there are no such values here.
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 0.5, -0.5, 1.5, 2, 2.5, 10.5, 10**30, "", "text", "x" * 512,
     "x" * 513, "max", "off", "evenly", "f16", "false", [], [0], [1, -1], [True], ["a"], [""],
@@ -120,7 +120,7 @@ def resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def fields(schema: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """The path and schema of every field, of nested ones too."""
+    """The path and schema of every field, nested ones included."""
     for name, inner in schema.get("properties", {}).items():
         found = resolved(inner)
         yield [name], found
@@ -128,7 +128,7 @@ def fields(schema: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, Any]]]
 
 
 def bodies(name: str) -> Iterator[Any]:
-    """Bodies that try each field with values around what it takes."""
+    """Bodies that try each field with values inside and outside its range."""
     yield from VALUES
     for path, field in fields(COMPONENTS["schemas"][name]):
         bounds = [field[bound] for bound in ("minimum", "maximum") if bound in field]
@@ -143,7 +143,7 @@ def bodies(name: str) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_the_description_takes_exactly_what_the_gateway_takes(name: str) -> None:
+def test_the_document_accepts_exactly_what_the_gateway_accepts(name: str) -> None:
     described = Draft202012Validator({**COMPONENTS["schemas"][name], "components": COMPONENTS})
     outcomes = set()
     for body in bodies(name):

@@ -1,4 +1,4 @@
-"""Settings: what each one means, and how a bad value is told."""
+"""The settings: how each value is parsed, and how a bad one is reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gateway.settings.loading import PLACEHOLDER_KEYS
 
 TOKEN = "sk-lm-AbCdEf12:0123456789abcdefghij"
 
-#: Every value of a setting that must be refused, and the words that its line must have.
+#: Bad values of every setting, with words that their error message must contain.
 BAD = [
     ("LMSTUDIO_BASE_URL", "localhost:1234", "http://"),
     ("LMSTUDIO_BASE_URL", "ftp://localhost", "http://"),
@@ -31,7 +31,7 @@ BAD = [
     ("LMSTUDIO_BASE_URL", "http://[::1", "not a URL"),
     ("LMSTUDIO_BASE_URL", "http://host/api", "path"),
     ("LMSTUDIO_BASE_URL", "http://host/?a=b", "path"),
-    ("LMSTUDIO_BASE_URL", "http://ho st", "white space"),
+    ("LMSTUDIO_BASE_URL", "http://ho st", "whitespace"),
     ("LMSTUDIO_BASE_URL", "http://user:hunter2@host", "LMSTUDIO_API_TOKEN"),
     ("LMSTUDIO_BASE_URL", "http://user:hunter2@ho\u2100st", ""),
     ("LMSTUDIO_API_TOKEN", "hunter2", "token"),
@@ -83,7 +83,7 @@ def parsed(variable: str, text: str) -> Any:
 
 
 @pytest.mark.parametrize(("variable", "text", "words"), BAD)
-def test_a_bad_value_gives_one_line_with_variable_fault_and_example(
+def test_a_bad_value_is_reported_in_one_line_with_variable_reason_and_example(
     variable: str, text: str, words: str
 ) -> None:
     (line,) = problems(**{variable: text})
@@ -97,15 +97,15 @@ def test_a_bad_value_gives_one_line_with_variable_fault_and_example(
 @pytest.mark.parametrize(
     ("variable", "text"), [(variable, text) for variable, text, _ in BAD if "hunter2" in text]
 )
-def test_a_secret_is_never_told(variable: str, text: str) -> None:
+def test_an_error_message_never_contains_a_secret(variable: str, text: str) -> None:
     assert "hunter2" not in "".join(problems(**{variable: text}))
 
 
-def test_every_setting_of_the_table_can_be_refused_or_is_free_text() -> None:
+def test_every_setting_has_a_bad_value_here() -> None:
     assert {variable for variable, _, _ in BAD} == {setting.variable for setting in TABLE}
 
 
-def test_several_problems_are_told_at_once() -> None:
+def test_several_problems_are_reported_at_once() -> None:
     found = problems(GATEWAY_PORT="x", LOG_LEVEL="loud", PROXY_TIMEOUT="y")
     assert [line.partition(":")[0] for line in found] == [
         "GATEWAY_PORT",
@@ -114,7 +114,7 @@ def test_several_problems_are_told_at_once() -> None:
     ]
 
 
-def test_the_defaults_are_the_contracts() -> None:
+def test_the_defaults_are_those_of_the_contract() -> None:
     settings = load({})
     assert settings.lmstudio_base_url == "http://127.0.0.1:1234"
     assert (settings.gateway_host, settings.gateway_port) == ("127.0.0.1", 8002)
@@ -131,7 +131,7 @@ def test_the_defaults_are_the_contracts() -> None:
     assert settings.cors_origins == frozenset()
 
 
-def test_the_table_has_every_attribute_of_the_settings_and_valid_examples() -> None:
+def test_the_table_matches_the_attributes_and_has_valid_defaults_and_examples() -> None:
     assert {setting.attribute for setting in TABLE} == set(Settings.__dataclass_fields__)
     for setting in TABLE:
         setting.parse(setting.default)
@@ -153,11 +153,11 @@ def test_an_empty_value_means_the_default() -> None:
         ("http://[::1]:1234", "http://[::1]:1234"),
     ],
 )
-def test_a_trailing_slash_or_v1_of_the_base_url_is_tolerated(text: str, expected: str) -> None:
+def test_the_base_url_may_end_with_a_slash_or_v1(text: str, expected: str) -> None:
     assert parsed("LMSTUDIO_BASE_URL", text) == expected
 
 
-def test_keys_have_names_and_several_are_accepted() -> None:
+def test_several_keys_may_be_set_and_each_has_a_name() -> None:
     assert parsed("GATEWAY_API_KEY", "plain, app:s3cr3t ,,ops:a:b") == (
         Key("key-1", "plain"),
         Key("app", "s3cr3t"),
@@ -165,7 +165,7 @@ def test_keys_have_names_and_several_are_accepted() -> None:
     )
 
 
-def test_addresses_are_v4_and_v6_and_networks() -> None:
+def test_addresses_and_networks_may_be_ipv4_or_ipv6() -> None:
     found = parsed("IP_ALLOWLIST", "10.1.2.3/8, ::1,fe80::/10")
     assert [str(network) for network in found.networks] == ["10.0.0.0/8", "::1/128", "fe80::/10"]
     assert not found.everybody
@@ -174,24 +174,24 @@ def test_addresses_are_v4_and_v6_and_networks() -> None:
 
 
 @pytest.mark.parametrize("text", ["true", "TRUE", "1", "yes", "on"])
-def test_a_switch_has_the_usual_words_for_on(text: str) -> None:
+def test_a_boolean_accepts_the_usual_words(text: str) -> None:
     assert parsed("REQUIRE_AUTH_FOR_HEALTH", text) is True
     assert parsed("REQUIRE_AUTH_FOR_HEALTH", "off") is False
 
 
-def test_times_are_milliseconds_and_0_is_no_limit() -> None:
+def test_times_are_given_in_milliseconds_and_0_means_no_limit() -> None:
     assert parsed("PROXY_TIMEOUT", "1500") == 1.5
     assert parsed("PROXY_TIMEOUT", "0") is None
     assert parsed("PROXY_STREAM_TIMEOUT", "250") == 0.25
     assert parsed("SDK_RETRY_DELAY", "0") == 0
 
 
-def test_words_are_accepted_in_any_case() -> None:
+def test_choices_are_case_insensitive() -> None:
     assert parsed("LOG_LEVEL", "DEBUG") == "debug"
     assert parsed("LOG_FORMAT", "Json") == "json"
 
 
-def test_state_urls_and_origins_and_tokens_are_kept() -> None:
+def test_state_urls_origins_and_tokens_are_kept_unchanged() -> None:
     assert parsed("STATE_URL", "sqlite:////var/x.db") == "sqlite:////var/x.db"
     assert parsed("STATE_URL", "redis://host:6379/0") == "redis://host:6379/0"
     assert parsed("CORS_ORIGINS", "https://a.example,http://b:8080") == {
@@ -202,7 +202,7 @@ def test_state_urls_and_origins_and_tokens_are_kept() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gateway.example"])
-def test_a_reachable_host_without_a_key_is_refused(host: str) -> None:
+def test_a_reachable_host_without_a_key_is_rejected(host: str) -> None:
     (line,) = problems(GATEWAY_HOST=host)
     assert line.startswith("GATEWAY_API_KEY: ")
     assert "ALLOW_UNAUTHENTICATED=true" in line
@@ -216,7 +216,7 @@ def test_a_loopback_host_needs_no_key(host: str) -> None:
 
 
 @pytest.mark.parametrize("placeholder", sorted(PLACEHOLDER_KEYS))
-def test_a_placeholder_key_is_refused_on_a_reachable_host(placeholder: str) -> None:
+def test_a_placeholder_key_is_rejected_on_a_reachable_host(placeholder: str) -> None:
     reachable = {"GATEWAY_HOST": "0.0.0.0", "ALLOW_UNAUTHENTICATED": "true"}
     for key in (placeholder, f"app:{placeholder.upper()}", f"good,app:{placeholder}"):
         (line,) = problems(GATEWAY_ADMIN_KEY=key, **reachable)
@@ -236,7 +236,7 @@ def test_the_environment_wins_over_dotenv(tmp_path: Path, monkeypatch: pytest.Mo
     assert read_environment()["LOG_LEVEL"] == "debug"
 
 
-def test_a_dotenv_that_is_no_text_is_told_as_a_problem(
+def test_a_dotenv_that_is_not_text_is_reported_as_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".env").write_bytes(b"GATEWAY_PORT=9001\nLOG_LEVEL=\xff\xfe\n")

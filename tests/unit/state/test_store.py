@@ -1,4 +1,4 @@
-"""The shared state: every worker sees a change at once, and it survives."""
+"""The SQLite store: every worker sees a change at once, and the state survives a restart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ACTIVE = Active("key", "instance", "llm", DEFAULTS)
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "deep" / "er" / "state.db"
+    return tmp_path / "folder" / "nested" / "state.db"
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_new_store_has_no_active_model(pair: tuple[SqliteStore, SqliteStore]) 
     assert pair[0].active() is pair[1].active() is None
 
 
-def test_a_change_is_seen_by_the_other_at_once(pair: tuple[SqliteStore, SqliteStore]) -> None:
+def test_the_other_worker_sees_a_change_at_once(pair: tuple[SqliteStore, SqliteStore]) -> None:
     first, second = pair
     for number in range(200):
         active = Active(f"key-{number}", None, "llm", {"maxTokens": number})
@@ -47,7 +47,7 @@ def test_a_change_is_seen_by_the_other_at_once(pair: tuple[SqliteStore, SqliteSt
     assert second.active() is None
 
 
-def test_concurrent_writers_leave_one_value_that_all_agree_on(
+def test_concurrent_writers_agree_on_the_last_value(
     pair: tuple[SqliteStore, SqliteStore],
 ) -> None:
     def write(store: SqliteStore, name: str) -> None:
@@ -68,23 +68,23 @@ def test_concurrent_writers_leave_one_value_that_all_agree_on(
     assert last.model_key in ("a-49", "b-49")
 
 
-def test_the_active_model_survives_a_reopening(path: Path) -> None:
+def test_the_active_model_survives_closing_the_store(path: Path) -> None:
     store = SqliteStore(path)
     store.set_active(ACTIVE)
     store.close()
-    again = SqliteStore(path)
-    assert again.active() == ACTIVE
-    again.close()
+    reopened = SqliteStore(path)
+    assert reopened.active() == ACTIVE
+    reopened.close()
 
 
-def test_reading_again_and_again_gives_the_same_object(
+def test_repeated_reads_return_the_same_object(
     pair: tuple[SqliteStore, SqliteStore],
 ) -> None:
     pair[0].set_active(ACTIVE)
     assert pair[1].active() is pair[1].active()
 
 
-def test_the_injected_model_is_the_instance_or_the_key() -> None:
+def test_the_injected_model_is_the_instance_id_or_else_the_key() -> None:
     assert ACTIVE.model == "instance"
     assert Active("key", None, "llm").model == "key"
     assert ACTIVE.default_texts["stopStrings"] == '["a", "ü"]'
@@ -101,14 +101,14 @@ def test_a_failed_write_is_an_error_and_changes_nothing(
 ) -> None:
     pair[0].set_active(ACTIVE)
     assert pair[0].active() == ACTIVE
-    rename_table(path, "state", "gone")
+    rename_table(path, "state", "renamed")
     with pytest.raises(StoreError) as caught:
         pair[0].set_active(None)
     assert (caught.value.status, caught.value.code) == (503, "state_unavailable")
     assert pair[0].active() == ACTIVE
 
 
-def test_a_write_that_waits_for_a_lock_keeps_no_other_greenlet_waiting(
+def test_a_write_that_waits_for_a_lock_blocks_no_other_greenlet(
     pair: tuple[SqliteStore, SqliteStore], path: Path
 ) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -119,27 +119,27 @@ def test_a_write_that_waits_for_a_lock_keeps_no_other_greenlet_waiting(
     assert pair[1].active() == ACTIVE
 
 
-def test_a_failed_read_gives_the_last_known_value_until_the_disk_is_well_again(
+def test_a_failed_read_returns_the_last_known_value_until_reads_succeed_again(
     pair: tuple[SqliteStore, SqliteStore], path: Path
 ) -> None:
     pair[0].set_active(ACTIVE)
     assert pair[1].active() == ACTIVE
     newer = Active("newer", None, "llm")
     pair[0].set_active(newer)
-    rename_table(path, "state", "gone")
+    rename_table(path, "state", "renamed")
     assert pair[1].active() == ACTIVE
-    rename_table(path, "gone", "state")
+    rename_table(path, "renamed", "state")
     assert pair[1].active() == newer
 
 
-def test_the_url_names_the_file_and_empty_means_the_instance_folder(tmp_path: Path) -> None:
+def test_the_url_names_the_file_and_an_empty_one_means_the_instance_folder(tmp_path: Path) -> None:
     open_store(f"sqlite:///{tmp_path}/a.db", "/nowhere").close()
     open_store("", str(tmp_path / "instance")).close()
     assert (tmp_path / "a.db").exists()
     assert (tmp_path / "instance" / "state.db").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", Path("/proc/1")):
         with pytest.raises(StoreError) as caught:
@@ -147,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         assert str(folder) in caught.value.message
 
 
-def test_no_process_is_asked_for_a_sign_of_life_on_windows(
+def test_liveness_checks_send_no_signal_on_windows(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``os.kill(pid, 0)`` ends the process there."""
@@ -164,7 +164,7 @@ def test_no_process_is_asked_for_a_sign_of_life_on_windows(
     second.close()
 
 
-def test_a_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.write_bytes(b"this is not a database" * 100)
     with pytest.raises(StoreError, match="not a database"):

@@ -1,4 +1,4 @@
-"""What every shared store promises, checked on each of them between several real processes."""
+"""What every shared store promises, tested with each of them between several real processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.state import MAX_EVENTS, Active
 from tests.processes import eventually
 from tests.redis_server import RedisServer
 
-#: A worker's stand-in: a patched process with a store, driven line by line.
+#: Stands in for a worker: a patched process with a store, driven by lines of JSON on stdin.
 _WORKER = """
 from gevent import monkey
 monkey.patch_all()
@@ -23,12 +23,12 @@ import json, sys
 from gateway.state import Active, Batch, StoreError, open_store
 
 def batch(events, begun=None, ended=()):
-    given = [(kind, json.dumps(data).encode()) for kind, data in events]
+    encoded = [(kind, json.dumps(data).encode()) for kind, data in events]
     started = {key: json.dumps(value).encode() for key, value in (begun or {}).items()}
-    return Batch(given, started, set(ended))
+    return Batch(encoded, started, set(ended))
 
-def append(*wanted):
-    store.append(batch(*wanted))
+def append(*arguments):
+    store.append(batch(*arguments))
 
 def append_many(name, count, size):
     for number in range(count):
@@ -54,16 +54,16 @@ print(json.dumps(["ready"]), flush=True)
 for line in FileObject(sys.stdin.buffer, "rb"):
     name, arguments = json.loads(line)
     try:
-        answer = [(own.get(name) or getattr(store, name))(*arguments)]
+        result = [(own.get(name) or getattr(store, name))(*arguments)]
     except StoreError as error:
-        answer = ["StoreError", error.message, error.status]
-    print(json.dumps(answer), flush=True)
+        result = ["StoreError", error.message, error.status]
+    print(json.dumps(result), flush=True)
 store.close()
 """
 
 
 class StoreFailed(Exception):
-    """The worker's store raised StoreError."""
+    """The store of a worker raised StoreError."""
 
 
 class Worker:
@@ -77,15 +77,15 @@ class Worker:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             assert self.process.stdin is not None
-            # only now, so that several can start at once
-            self._ready = self._ready or self._answer() == "ready"
+            # wait only on the first call, so that several workers start at the same time
+            self._ready = self._ready or self._result() == "ready"
             self.process.stdin.write(json.dumps([name, arguments]) + "\n")
             self.process.stdin.flush()
-            return self._answer()
+            return self._result()
 
         return call
 
-    def _answer(self) -> Any:
+    def _result(self) -> Any:
         assert self.process.stdout is not None
         value, *failure = json.loads(self.process.stdout.readline())
         if failure:
@@ -102,7 +102,7 @@ class Worker:
 
 @pytest.fixture(params=["sqlite", "redis"])
 def url(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[str]:
-    """A new, empty state."""
+    """The URL of a new, empty state."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/state.db"
         return
@@ -143,7 +143,7 @@ def test_a_new_log_is_empty(pair: tuple[Worker, Worker]) -> None:
         store.ping()
 
 
-def test_what_one_appends_the_other_reads_in_order(pair: tuple[Worker, Worker]) -> None:
+def test_every_worker_reads_all_events_in_order(pair: tuple[Worker, Worker]) -> None:
     first, second = pair
     first.append([*events(3), ["gap", {"missed": 1}]])
     second.append([["error", {"error": "ü€😀\n"}]])
@@ -159,7 +159,7 @@ def test_what_one_appends_the_other_reads_in_order(pair: tuple[Worker, Worker]) 
         assert store.span() == [1, 5]
 
 
-def test_the_latest_of_a_type_come_newest_first(pair: tuple[Worker, Worker]) -> None:
+def test_the_latest_events_of_a_type_are_listed_newest_first(pair: tuple[Worker, Worker]) -> None:
     pair[0].append(events(3))
     pair[1].append([["inference_start", {"n": 99}], ["inference_complete", {"n": 3}]])
     for store in pair:
@@ -167,7 +167,7 @@ def test_the_latest_of_a_type_come_newest_first(pair: tuple[Worker, Worker]) -> 
         assert len(store.latest("inference_complete", 10)) == 4
 
 
-def test_ids_of_concurrent_processes_have_no_holes_and_keep_each_ones_order(
+def test_concurrent_processes_leave_no_holes_in_the_ids_and_keep_their_order(
     open_worker: Callable[[], Worker],
 ) -> None:
     workers = {name: open_worker() for name in "abcd"}
@@ -179,7 +179,7 @@ def test_ids_of_concurrent_processes_have_no_holes_and_keep_each_ones_order(
         assert [one[2]["n"] for one in found if one[2]["by"] == name] == list(range(210))
 
 
-def test_the_log_is_bounded_and_its_span_tells_what_is_gone(open_worker: Any) -> None:
+def test_the_log_is_bounded_and_its_span_shows_what_is_left(open_worker: Any) -> None:
     store = open_worker()
     total = MAX_EVENTS + 3000
     store.append_many("x", total // 1000, 1000)
@@ -190,7 +190,7 @@ def test_the_log_is_bounded_and_its_span_tells_what_is_gone(open_worker: Any) ->
     assert store.after(newest - 1, 10)[0][0] == newest
 
 
-def test_waiting_ends_with_an_event_of_another_process(pair: tuple[Worker, Worker]) -> None:
+def test_an_event_of_another_process_ends_the_wait(pair: tuple[Worker, Worker]) -> None:
     pair[0].append(events(1))
     with ThreadPoolExecutor(1) as pool:
 
@@ -204,14 +204,14 @@ def test_waiting_ends_with_an_event_of_another_process(pair: tuple[Worker, Worke
         waiting = pool.submit(tail)
         pair[1].append(events(1))
         assert waiting.result(30) == [[2, "inference_complete", {"n": 0}]]
-    pair[0].wait(2, 0.1)  # nothing comes, and it returns
+    pair[0].wait(2, 0.1)  # returns although there is no event
 
 
 def running(number: int) -> dict[str, Any]:
     return {"requestId": f"r{number}", "operation": "inference", "startedAt": 1000.0 + number}
 
 
-def test_what_is_in_flight_is_the_same_for_all_oldest_first(pair: tuple[Worker, Worker]) -> None:
+def test_every_worker_sees_what_is_in_flight_oldest_first(pair: tuple[Worker, Worker]) -> None:
     for number in range(12):
         pair[number % 2].append(events(1), {f"r{number}": running(number)})
     for store in pair:
@@ -223,12 +223,14 @@ def test_what_is_in_flight_is_the_same_for_all_oldest_first(pair: tuple[Worker, 
         assert store.take_lost() == []
 
 
-def test_what_a_dead_process_ran_is_taken_once(open_worker: Callable[[], Worker]) -> None:
+def test_the_operations_of_a_dead_process_are_taken_once(
+    open_worker: Callable[[], Worker],
+) -> None:
     first, second, victim = open_worker(), open_worker(), open_worker()
     first.append(events(1), {"r0": running(0)})
     victim.append(events(1), {"r1": running(1), "r2": running(2)})
     victim.kill()
-    # with Redis a process is dead when it has given no sign of life for some seconds
+    # with Redis a process counts as dead after some seconds without a heartbeat
     eventually(lambda: second.in_flight() == [running(0)], 20)
     with ThreadPoolExecutor(2) as pool:
         taken = list(pool.map(lambda store: store.take_lost(), (first, second)))
@@ -238,7 +240,7 @@ def test_what_a_dead_process_ran_is_taken_once(open_worker: Callable[[], Worker]
     assert first.in_flight() == [running(0)]
 
 
-def test_the_active_model_is_the_same_for_all_at_once(
+def test_every_worker_sees_a_new_active_model_at_once(
     pair: tuple[Worker, Worker], open_worker: Callable[[], Worker]
 ) -> None:
     for number in range(30):
@@ -264,7 +266,7 @@ def test_the_state_outlives_its_processes(url: str) -> None:
     second.close()
 
 
-def test_a_redis_that_is_away_is_an_error_and_the_active_model_stays(tmp_path: Any) -> None:
+def test_an_unavailable_redis_is_an_error_and_the_active_model_stays(tmp_path: Any) -> None:
     server = RedisServer(tmp_path / "redis")
     store = Worker(server.url)
     store.set_active(Active("key", None, "llm").to_json())
@@ -295,7 +297,7 @@ def test_a_redis_that_is_away_is_an_error_and_the_active_model_stays(tmp_path: A
     server.stop()
 
 
-def test_a_redis_that_is_away_at_the_start_may_come_later(tmp_path: Any) -> None:
+def test_redis_may_start_after_the_worker(tmp_path: Any) -> None:
     server = RedisServer(tmp_path / "redis")
     server.stop()
     store = Worker(server.url)
