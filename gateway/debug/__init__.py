@@ -2,7 +2,8 @@
 
 :mod:`.views` is the blueprint of ``/debug`` and the file to read first; :mod:`.status` and
 :mod:`.performance` compute its JSON, :mod:`.stream` is the body of its event stream, and
-:mod:`.dashboard` has the page that shows all this in a browser. :mod:`.prometheus` serves ``/metrics`` and :mod:`.health` serves ``/health``.
+:mod:`.dashboard` has the page that shows all this in a browser. :mod:`.prometheus` serves
+``/metrics`` and :mod:`.health` serves ``/health``.
 
 This package only reads. It must not know how models, state or exchanges are changed.
 """
