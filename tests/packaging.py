@@ -8,7 +8,6 @@ step; a step that fails prints its output and ends the run with status 1.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,8 @@ import venv
 import zipfile
 from pathlib import Path
 
-from tests.newcomer import OURS, StepFailed, clone_into, step
+from tests.newcomer import NOT_INHERITED, StepFailed, clone_into, step
+from tests.processes import clean_environ
 
 COMMIT_FILE = "gateway/commit.txt"
 VARIABLE = "LMSTUDIO_GATEWAY_COMMIT"
@@ -36,7 +36,8 @@ for path in ("/debug/", "/openapi.json"):
 
 def run(*command: str | Path, cwd: Path, **environ: str) -> str:
     """The output of a command, which must succeed. It does not get the caller's settings."""
-    clean = {name: text for name, text in os.environ.items() if name not in {*OURS, VARIABLE}}
+    hidden = {*NOT_INHERITED, VARIABLE}
+    clean = {name: text for name, text in clean_environ().items() if name not in hidden}
     done = subprocess.run(
         command,
         cwd=cwd,
