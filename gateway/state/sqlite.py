@@ -24,6 +24,9 @@ from gateway.state.store import MAX_AGE_SECONDS, MAX_EVENTS, Active, Batch, Stor
 #: An event from before the last boot has a greater number, or is at least as old as it seems.
 _LOG_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
+#: Seconds to wait for the lock of another process.
+_LOCK_TIMEOUT = 5.0
+
 _T = TypeVar("_T")
 
 
@@ -200,7 +203,26 @@ def open_sqlite(path: Path) -> sqlite3.Connection:
     Raises OSError or sqlite3.Error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    database = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
-    database.execute("PRAGMA journal_mode=WAL")
+    database = sqlite3.connect(
+        path, timeout=_LOCK_TIMEOUT, isolation_level=None, check_same_thread=False
+    )
+    _use_wal(database)
     database.execute("PRAGMA synchronous=NORMAL")
     return database
+
+
+def _use_wal(database: sqlite3.Connection) -> None:
+    """Switch to WAL mode, waiting for other processes that open the same new database.
+
+    SQLite does not apply the connection's timeout where waiting could deadlock, but fails at once
+    (https://www.sqlite.org/c3ref/busy_handler.html).
+    """
+    deadline = time.monotonic() + _LOCK_TIMEOUT
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

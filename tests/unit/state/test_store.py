@@ -164,6 +164,16 @@ def test_liveness_checks_send_no_signal_on_windows(
     second.close()
 
 
+def test_opening_waits_for_another_process_that_is_creating_the_database(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        finishing = threading.Timer(0.2, other.rollback)
+        finishing.start()
+        SqliteStore(path).close()
+        finishing.join()
+
+
 def test_a_file_that_is_not_a_database_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.write_bytes(b"this is not a database" * 100)
