@@ -76,7 +76,7 @@ class Prepared:
 
     body: bytes
     #: The model that the client named; None if it named none.
-    asked_model: str | None
+    requested_model: str | None
     #: The model that is sent upstream.
     model: str
     stream: bool

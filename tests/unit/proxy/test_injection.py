@@ -287,4 +287,4 @@ def test_usage_is_requested_unless_the_client_requests_it(
 def test_an_injected_stream_member_makes_the_request_a_stream() -> None:
     result = prepared(CHAT, b'{"model":"m"}', Active("key", None, "llm", {"stream": True}))
     assert result.stream is result.added_usage is True
-    assert result.asked_model == result.model == "m"
+    assert result.requested_model == result.model == "m"
