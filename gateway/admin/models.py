@@ -50,7 +50,7 @@ class Models:
     # Loading ----------------------------------------------------------------------------------
 
     def load(self, wanted: dict[str, Any], emit: Emit) -> dict[str, Any]:
-        """Load a model as a validated LoadSchema body asks; returns the response body.
+        """Load the model that a validated LoadSchema body names; returns the response body.
 
         Killing the greenlet cancels the load in LM Studio.
         """
@@ -122,7 +122,7 @@ class Models:
         try:
             applied = loadconfig.from_kv(self._link.load_config(model_type, identifier))
         except (GatewayError, ServerRefused) as error:
-            # the model is loaded all the same: the load has not failed
+            # the model is loaded, so this does not fail the load
             return {}, [f"appliedConfig: could not be read back from LM Studio ({error})"]
         sent = loadconfig.from_kv(kv_fields)
         relevant = {name: value for name, value in config.items() if name in sent}
@@ -197,7 +197,7 @@ class Models:
             "modelKey": key,
             "instanceId": instance,
             "defaultInference": default_inference or {},
-            "message": f"{instance or key} is used where a request names no model",
+            "message": f"{instance or key} is used for requests that name no model",
         }
 
     def deactivate(self, emit: Emit) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class Models:
         return None
 
     def _likely_type(self, key: str) -> str:
-        """The type that LM Studio reports, or while it is unreachable, a guess from the key.
+        """The type that LM Studio reports or, while LM Studio is unreachable, a guess from the key.
 
         Activating changes only the gateway, so it works without LM Studio.
         """

@@ -36,7 +36,7 @@ class Operation:
         self._worker = gevent.spawn(self._run, work)
 
     def result(self, environ: dict[str, Any]) -> dict[str, Any]:
-        """Wait for the end and return the response body; raises what the work raised."""
+        """Wait for the work and return the response body; raises whatever the work raised."""
         for _ in self._until_end(environ):
             pass
         return self._result
@@ -64,7 +64,7 @@ class Operation:
 
         def emit(event: str, data: dict[str, Any]) -> None:
             self._publish(event, data)
-            # the completion is kept back until the result is known, whose fields it gets
+            # held back until the result is known, because the completion carries its fields
             (completed.append if event.endswith("_complete") else self._events.put)((event, data))
 
         try:
@@ -104,7 +104,7 @@ class Operation:
         finally:
             if watch is not None:
                 watch.stop()
-            self._worker.kill(block=False)  # does nothing to finished work
+            self._worker.kill(block=False)  # does nothing if the work has finished
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

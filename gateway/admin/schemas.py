@@ -27,14 +27,14 @@ class _WholeNumber(fields.Integer):
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValidationError("Not a whole number.")
+            raise ValidationError("Must be a whole number.")
         return value
 
 
 class _Flag(fields.Boolean):
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> bool:
         if not isinstance(value, bool):
-            raise ValidationError("Not true or false.")
+            raise ValidationError("Must be true or false.")
         return value
 
 
@@ -115,9 +115,10 @@ class GpuSchema(_Strict):
     layers = _whole(
         0,
         10_000,
-        "LM Studio takes only a ratio: ignored with a warning beside one; without one, only 0.",
+        "Layers on the GPU, for which LM Studio has no field. With `ratio` it is ignored with a"
+        " warning; without, it can only be 0.",
     )
-    mainGpu = _whole(0, 1024, "The GPU that is filled first.")
+    mainGpu = _whole(0, 1024, "The GPU to fill first.")
     splitStrategy = fields.String(validate=validate.OneOf(["evenly", "favorMainGpu"]))
     disabledGpus = fields.List(_whole(0, 1024))
 
@@ -133,10 +134,10 @@ class LoadConfigSchema(_Strict):
     keepModelInMemory = _flag()
     tryMmap = _flag()
     useFp16ForKVCache = _flag()
-    llamaKCacheQuantizationType = _cache_type("Quantization of the cached keys; false: none.")
-    llamaVCacheQuantizationType = _cache_type("Quantization of the cached values; false: none.")
+    llamaKCacheQuantizationType = _cache_type("Quantization of the cached keys; false for none.")
+    llamaVCacheQuantizationType = _cache_type("Quantization of the cached values; false for none.")
     offloadKVCacheToGpu = _flag()
-    numExperts = _whole(0, 65_536, "Active experts of a mixture-of-experts model.")
+    numExperts = _whole(0, 65_536, "Number of active experts of a mixture-of-experts model.")
     seed = _whole(-(2**31), 2**32 - 1)
     gpuStrictVramCap = _flag()
     numParallelSessions = _whole(1, 1024)
@@ -156,13 +157,13 @@ class DefaultInferenceSchema(_Strict):
 
 class LoadSchema(_Strict):
     modelKey = _text("As `GET /admin/models` names it.", required=True)
-    instanceId = _text("The identifier of the instance; absent: LM Studio chooses one.")
+    instanceId = _text("The identifier of the instance. LM Studio chooses one if it is absent.")
     loadConfig = fields.Nested(LoadConfigSchema)
     ttlSeconds = _whole(
-        0, 10**9, "LM Studio unloads it after this time without use; absent or 0: never."
+        0, 10**9, "Idle time after which LM Studio unloads it; never if absent or 0."
     )
     defaultInference = fields.Nested(DefaultInferenceSchema)
-    activate = _flag("Whether it becomes the active model; absent: true.")
+    activate = _flag("Whether it becomes the active model; true if absent.")
 
 
 class UnloadSchema(_Strict):
@@ -182,7 +183,7 @@ class ActivateSchema(_Strict):
 
 
 class DeactivateSchema(_Strict):
-    """No fields; any field is an error."""
+    """Takes no fields; any field is an error."""
 
 
 def parse(schema: Schema, body: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gateway.state import open_store
 
 
 def run(settings: Settings) -> int:
-    """Check one part after the other and print a line for each; returns the exit status."""
+    """Check each part in turn and print a line for it; returns the exit status."""
     parts: list[tuple[str, Callable[[], str]]] = [
         ("settings", _settings),
         ("state", lambda: _state(settings)),

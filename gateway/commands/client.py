@@ -68,7 +68,7 @@ class Remote:
     """One gateway. Its methods raise :class:`Unreachable` and :class:`ErrorResponse`."""
 
     def __init__(self, url: str | None = None, key: str | None = None) -> None:
-        """``url`` and ``key`` of the command line win over the environment and ``.env``."""
+        """``url`` and ``key``, if given, override the environment and ``.env``."""
         try:
             from_file = read_env_file()
         except SettingsError as error:
@@ -78,7 +78,7 @@ class Remote:
         # not in Authorization, which a ~/.netrc would replace
         secret = key or _default_key(from_file)
         if not re.fullmatch(r"[\x21-\x7e]*", secret):
-            raise BadUsage("--key: a key consists of visible ASCII characters")
+            raise BadUsage("--key: a key may contain only visible ASCII characters")
         if secret:
             self._http.headers["X-API-Key"] = secret
 
@@ -207,7 +207,7 @@ def _expect(response: requests.Response, content_type: str) -> None:
                 response.status_code, body, response.headers.get("X-Request-Id", "")
             )
     elif kind == content_type:
-        # LM Studio itself responds like this on unknown paths
+        # LM Studio itself responds like this to unknown paths
         if kind != "application/json" or _members(response).keys() - {"error"}:
             return
         what = response.text
@@ -264,7 +264,7 @@ def _default_key(from_file: dict[str, str]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost cause: the texts of the outer ones only repeat it."""
+    """The innermost cause: the messages of the outer ones only repeat it."""
     while True:
         inner = getattr(error, "reason", None) or (error.args[-1] if error.args else None)
         if not isinstance(inner, BaseException):

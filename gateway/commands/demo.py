@@ -138,7 +138,7 @@ def _simulator() -> Iterator[str]:
 def _gateway(lmstudio: str, state: str) -> Iterator[str]:
     """The gateway on port 8002 or the next free one; yields its URL."""
     port = _free_port()
-    # keep the user's own settings out of the demo; its folder keeps ./.env out
+    # keep the user's own settings out of the demo; its own working directory keeps ./.env out
     settings = {setting.variable for setting in TABLE}
     inherited = {name: value for name, value in os.environ.items() if name not in settings}
     environ = inherited | {

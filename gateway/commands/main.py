@@ -43,7 +43,7 @@ def main() -> None:
     type=click.Choice(["gunicorn", "gevent"]),
     default="gevent" if sys.platform == "win32" else "gunicorn",
     show_default=True,
-    help="gevent runs one process, also where gunicorn does not run.",
+    help="gevent serves from one process and also works where gunicorn does not.",
 )
 def serve(kind: str) -> None:
     """Serve with the settings from the environment and .env."""

@@ -29,8 +29,8 @@ def remote_command(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("--url", help="The gateway's URL.  [GATEWAY_URL, else http://127.0.0.1:8002]")
     @click.option(
         "--key",
-        help="An (admin) key. Other users can see it in the process list; GATEWAY_ADMIN_KEY or"
-        " GATEWAY_API_KEY in the environment or in .env is safer.",
+        help="An API key or admin key. Other users can see it in the process list;"
+        " GATEWAY_ADMIN_KEY or GATEWAY_API_KEY in the environment or in .env is safer.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print the gateway's JSON as it is.")
     @functools.wraps(function)
@@ -48,7 +48,7 @@ def remote_command(function: Callable[..., None]) -> Callable[..., None]:
             echo_error(f"Error: {error}")
             sys.exit(error.exit_status)
         except (LookupError, TypeError, ValueError) as error:
-            hint = f"Is it a gateway of a version near {__version__}?"
+            hint = f"Is the gateway's version close to {__version__}?"
             echo_error(f"Error: Unexpected response ({error!r}). {hint}")
             sys.exit(1)
 
@@ -101,7 +101,7 @@ def activation_body(
     max_tokens: int | None = None,
     defaults: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The body of ``POST /admin/models/activate``, which every load's body contains."""
+    """The body of ``POST /admin/models/activate``, which is also part of every load's body."""
     inference: dict[str, Any] = {}
     options = {"temperature": temperature, "maxTokens": max_tokens}
     _put_all(inference, options, defaults, "--default")
@@ -140,7 +140,7 @@ def _put(target: dict[str, Any], field: str, value: Any) -> None:
 
 
 def _value(text: str) -> Any:
-    """The value of a text that is JSON, else the text itself."""
+    """The value of a text that is JSON, otherwise the text itself."""
     try:
         return loads(text)
     except (ValueError, RecursionError):

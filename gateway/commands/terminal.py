@@ -34,7 +34,7 @@ def echo(text: str) -> None:
 
 
 def show(view: RenderableType) -> None:
-    """Print a table or line that a function below has made, without wrapping a line."""
+    """Print a table or line made by a function below, without wrapping lines."""
     _console().print(view, soft_wrap=isinstance(view, Text))
 
 
@@ -76,7 +76,7 @@ def live(views: Iterator[RenderableType]) -> None:
 def table(*columns: str) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        # the first column is an argument of other commands, to be copied: never broken if it fits
+        # users copy the first column into other commands: never break it if it fits
         made.add_column(name, overflow="fold", no_wrap=name == columns[0])
     return made
 
@@ -134,7 +134,7 @@ def activity(
         counted = one["tokenUsage"]["totalTokens"]
         row(recent, one["requestId"], outcome, *times, counted, one["tokensPerSec"])
     each = "" if tokens_each is None else f" ({tokens_each:g} per response)"
-    totals = f"{status['totalRequests']} requests and {status['totalErrors']} errors in all"
+    totals = f"{status['totalRequests']} requests and {status['totalErrors']} errors in total"
     head = f"{requests:.1f} requests/s, {tokens:.1f} tokens/s{each}; {totals}"
     count = f"{len(status['inFlight'])} in flight ({status['status']})"
     lines = (head, f"Active: {active(status['activeModel'])}", "", count)

@@ -114,7 +114,7 @@ class _Sample:
         self.moment = time.monotonic()
 
     def rate(self, before: _Sample, counter: str) -> float:
-        """A counter's growth per second; 0 where a restart has reset it."""
+        """A counter's growth per second; 0 if a restart has reset it."""
         grown = self.performance[counter] - before.performance[counter]
         return float(max(0, grown) / (self.moment - before.moment))
 

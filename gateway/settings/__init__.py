@@ -1,4 +1,4 @@
-"""The settings (§1 of the contract), read from the environment and ``.env``.
+"""The settings, read from the environment and ``.env``.
 
 :mod:`.table` declares every setting and is the file to read first; parsing, error messages and the
 tests of the documentation are based on it. :mod:`.parsers` converts text to values, and

@@ -119,7 +119,7 @@ def parse_keys(text: str) -> tuple[Key, ...]:
         if not _KEY_NAME.fullmatch(name):
             raise ValueError(f"item {position}: a name has 1-64 letters, digits, '.', '_' or '-'")
         if not re.fullmatch(r"[\x21-\x7e]+", secret):
-            raise ValueError(f"item {position}: a key consists of visible ASCII characters")
+            raise ValueError(f"item {position}: a key may contain only visible ASCII characters")
         keys.append(Key(name, secret))
     return tuple(keys)
 

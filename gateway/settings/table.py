@@ -82,7 +82,7 @@ TABLE: tuple[Setting, ...] = (
         "false",
         parsers.boolean,
         "true",
-        "allow to start on a reachable address without any key",
+        "allow starting on a reachable address without any key",
     ),
     Setting("IP_ALLOWLIST", "*", parsers.addresses("*"), "192.168.0.0/16,::1", "who may connect"),
     Setting(

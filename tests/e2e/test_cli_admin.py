@@ -225,7 +225,7 @@ def test_unloading_takes_a_key_or_an_instance(
 def test_activating_and_deactivating(ask: Run, gateway: Gateway) -> None:
     status, out, err = ask("activate", QWEN, "--instance", "one", "--max-tokens", "64")
     assert (status, err) == (0, "")
-    assert out == "Activated: one is used where a request names no model.\n"
+    assert out == "Activated: one is used for requests that name no model.\n"
     active = gateway.get("/admin/models").json()["active"]
     assert (active["modelKey"], active["instanceId"]) == (QWEN, "one")
     assert active["defaultInference"] == {"maxTokens": 64}
