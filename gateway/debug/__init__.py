@@ -1,4 +1,4 @@
-"""The views that show what the gateway does: dashboard, status, events, metrics and health.
+"""The views that show what the gateway is doing: dashboard, status, events, metrics and health.
 
 :mod:`.views` is the blueprint of ``/debug`` and the file to read first; :mod:`.status` and
 :mod:`.performance` compute its JSON, :mod:`.stream` is the body of its event stream, and

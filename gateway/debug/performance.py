@@ -84,7 +84,7 @@ def _workers() -> int:
 def _resident_bytes() -> int | None:
     """The memory of this worker in bytes; None on Windows."""
     try:
-        # a module of Unix only
+        # a module that only Unix has
         import resource
     except ImportError:
         return None

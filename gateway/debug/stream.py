@@ -25,7 +25,7 @@ class EventStream(Iterator[bytes]):
         return KEEP_ALIVE if frame is None else frame
 
     def close(self) -> None:
-        """Give up the reader's place. Idempotent."""
+        """Free the reader's place among the subscribers. Idempotent."""
         if self._open:
             self._open = False
             self._metrics.subscribers.dec()

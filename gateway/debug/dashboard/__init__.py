@@ -1,4 +1,4 @@
-"""The dashboard: an HTML page that shows live what the gateway does, and manages its models.
+"""The dashboard: an HTML page that shows live what the gateway is doing, and manages its models.
 
 The sources are ``index.html``, ``style.css`` and the modules in ``scripts``; ``scripts/main.mjs``
 is the entry point and the file to read first. :mod:`.assembly` combines them into one file, which

@@ -106,7 +106,7 @@ def _as_constants(imported: re.Match[str]) -> str:
 
 def _inlined(html: str, reference: str, start: str, text: str, end: str) -> str:
     if html.count(reference) != 1:
-        raise ValueError(f"index.html must contain this once: {reference}")
+        raise ValueError(f"index.html must contain this exactly once: {reference}")
     # these end the element early, or make the parser read past its end
     if end[:-1] in text.lower() or "<!--" in text:
         raise ValueError(f"{end} and <!-- must not occur in the text that replaces {reference}")

@@ -31,7 +31,8 @@ export class ApiError extends Error {
     }
     const { status, statusText } = response;
     const retryAfter = Number(response.headers.get("Retry-After")) || 0;
-    return new ApiError(text || `The server answered ${status} ${statusText}.`, status, retryAfter);
+    text ||= `The server responded with ${status} ${statusText}.`;
+    return new ApiError(text, status, retryAfter);
   }
 }
 

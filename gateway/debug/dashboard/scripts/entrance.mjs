@@ -44,7 +44,7 @@ export async function showRestricted(refusal) {
   showView("restricted");
   showConnection("warn", "Inference only");
   show(byId("trouble"), false);
-  write(byId("restricted-why"), `The gateway answered: ${refusal.message}`);
+  write(byId("restricted-why"), `The gateway responded: ${refusal.message}`);
   healthSoon();
   try {
     /** @type {{ data: { id: string }[] }} */

@@ -56,7 +56,7 @@ export const modelsSoon = coalesced(async () => {
   drawModels();
 }, 500);
 
-/** Poll now and then: there is no event when LM Studio unloads a model by itself. */
+/** Poll at intervals: there is no event when LM Studio unloads a model by itself. */
 export function refreshModels() {
   if (performance.now() - listedAt > REFRESH_MS) modelsSoon();
 }

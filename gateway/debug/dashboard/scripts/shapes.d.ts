@@ -51,7 +51,7 @@ export type InFlight =
   | (InferenceStart & { operation: "inference"; elapsedMs: number; chunks?: number })
   | (ModelName & { operation: "model_load"; elapsedMs: number });
 
-/** The answer of `GET /debug/status`. */
+/** The response of `GET /debug/status`. */
 export interface Status {
   inFlight: InFlight[];
   recentRequests?: InferenceComplete[];
@@ -60,7 +60,7 @@ export interface Status {
   error?: string;
 }
 
-/** The answer of `GET /admin/models`. */
+/** The response of `GET /admin/models`. */
 export interface Listing {
   loaded: LoadedModel[];
   downloaded: DownloadedModel[];
@@ -93,7 +93,7 @@ export interface LoadRequest {
   loadConfig: { contextLength?: number; gpu?: { ratio: number | string } };
 }
 
-/** The answer of `POST /admin/models/load`. */
+/** The response of `POST /admin/models/load`. */
 export interface Loaded extends ModelName {
   totalTimeMs: number;
   warnings: string[];
