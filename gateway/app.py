@@ -87,9 +87,10 @@ def create_app(configured: settings.Settings | None = None) -> Flask:
     app = Flask("gateway", static_folder=None)
     app.json = _Json(app)
     app.response_class = _Response
-    app.url_map.merge_slashes = False  # such a path is unknown, not a redirect
+    app.url_map.merge_slashes = False  # a path with repeated slashes is unknown, not redirected
     app.url_map.strict_slashes = False
-    version.commit()  # now: by the first request a checkout may be at another one
+    # read it now: by the time of the first request the checkout may have moved to another commit
+    version.commit()
     parts = _build(configured or settings.load(), app.instance_path)
     app.extensions["gateway"] = parts
     app.register_error_handler(GatewayError, _gateway_error)

@@ -58,7 +58,7 @@ def remaining(deadline: float | None) -> float | None:
 
 
 def _machine() -> str:
-    """Identifies this machine, until its next boot if the kernel provides an id of the boot."""
+    """Identifies this machine, until its next boot if the kernel provides a boot id."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -12,7 +12,7 @@ from typing import Any
 
 Headers = list[tuple[str, str]]
 
-#: Paths that are served as ``/v1`` + path (contract §4).
+#: Shorthand paths: each is served as ``/v1`` + path.
 SHORTHAND = frozenset(
     {
         "/chat/completions",
@@ -153,7 +153,7 @@ def payload(
 def response(
     error: GatewayError, path: str, request_id: str, *, method: str = "GET"
 ) -> tuple[str, Headers, bytes]:
-    """Status line, headers and body of an error, with every header but ``X-Request-Id``."""
+    """Status line, headers and body of an error, with every header except ``X-Request-Id``."""
     content = body(error, dialect_of(path), request_id)
     headers = [
         ("Content-Type", "application/json"),
@@ -174,7 +174,7 @@ def status_line(status: int) -> str:
 def dumps(value: Any) -> bytes:
     """Serialize to compact UTF-8 JSON, the form of all bodies and events of the gateway."""
     text = _encode(value)
-    # UTF-8 can't encode a lone surrogate, which clients may send as an escape: keep it an escape
+    # UTF-8 can't encode a lone surrogate, which clients may send as an escape: keep it escaped
     return text.encode("utf-8", "backslashreplace")
 
 

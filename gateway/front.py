@@ -1,4 +1,4 @@
-"""What every request passes on its way in and out.
+"""What every request passes through on its way in and out.
 
 :class:`Front` is the WSGI application that the server calls. It admits the request, passes it to
 Flask and adds the headers that every response has. Flask's dispatch costs more than the gateway's
@@ -22,7 +22,7 @@ Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 WsgiApp = Callable[[Environ, Any], Iterable[bytes]]
 
-#: The environ key of the time at which the request arrived (time.monotonic()).
+#: The environ key of the arrival time of the request (time.monotonic()).
 ARRIVED = "gateway.arrived"
 #: The paths with an injection rule, and their shorthands: the busiest ones.
 HOT_PATHS = frozenset({*ENDPOINTS, *(path.removeprefix("/v1") for path in ENDPOINTS)})
@@ -107,7 +107,7 @@ def error_response(environ: Environ, error: GatewayError) -> tuple[str, Headers,
 
 
 def unexpected(environ: Environ, fault: Exception) -> GatewayError:
-    """Log a bug of the gateway. Returns the error for the client, which reveals nothing of it."""
+    """Log a bug of the gateway. Returns an error for the client that reveals nothing about it."""
     where = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']!r}"
     logger.error("unexpected error: %s", where, exc_info=fault)
     return InternalError()

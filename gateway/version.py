@@ -38,7 +38,7 @@ def find_commit(package: Path) -> str | None:
 
 
 def parse_commit(text: str) -> str | None:
-    """Cut a commit of 12 to 64 digits to the form of :func:`commit`; None if it isn't one."""
+    """Shorten a commit of 12 to 64 digits as :func:`commit` returns it; None if it isn't one."""
     found = _COMMIT.fullmatch(text.strip())
     return found[1] + found[2] if found else None
 

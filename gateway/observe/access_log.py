@@ -29,7 +29,7 @@ _NEEDS_NO_QUOTES = re.compile(r"[\x21\x23-\x7e]+")
 
 
 class AccessLog:
-    """Logs each request when ``LOG_LEVEL`` is ``info`` or ``debug``. Lines hold no prompt or key.
+    """Logs each request when ``LOG_LEVEL`` is ``info`` or ``debug``. No line has a prompt or key.
 
     :param level: the value of ``LOG_LEVEL``; ``debug`` adds the times of each step.
     :param form: the value of ``LOG_FORMAT``, ``text`` or ``json``.

@@ -28,7 +28,7 @@ COLLECT_SECONDS = 0.05
 #: Seconds between two checks for operations whose worker has died.
 LOST_CHECK_SECONDS = 1.0
 
-#: Every event type, in the order of the contract (§6); ``gap`` reports events that were lost.
+#: Every event type, in the order of README.rst (*Watching it*); ``gap`` reports lost events.
 TYPES = (
     "connected",
     "model_load_start",
@@ -44,7 +44,7 @@ TYPES = (
     "gap",
 )
 
-#: Queued instead of an event type: an update of an exchange in flight, which is not published.
+#: Queued in place of an event type for an update of an exchange in flight; it is not published.
 _UPDATE = ""
 #: The events that start and end an operation which /debug/status shows as in flight.
 _STARTS = {"inference_start", "model_load_start", _UPDATE}
@@ -160,7 +160,7 @@ class EventBus:
                 return
             except StoreError as error:
                 if not self.store_error:
-                    logger.warning("events wait for the store: %s", error.message)
+                    logger.warning("events are waiting for the store: %s", error.message)
                 self.store_error, self._unwritten = error.message, len(batch.events)
                 gevent.sleep(RETRY_SECONDS)
 

@@ -30,7 +30,7 @@ MAX_SUBSCRIBERS = 100
 
 
 class TooManySubscribers(GatewayError):
-    """This worker serves as many readers of the event stream as it can."""
+    """This worker already serves as many readers of the event stream as it can."""
 
     status, code = 503, "too_many_subscribers"
     headers = [("Retry-After", "30")]
@@ -52,7 +52,7 @@ class Tail:
         self._changed = Event()
         self._reader: gevent.Greenlet | None = None
         self.newest = 0
-        #: How often the log has started over, e.g. because Redis lost its data.
+        #: How many times the log has started over, e.g. because Redis lost its data.
         self.log_generation = 0
         self.stopping = False
         self.subscribers = 0
@@ -91,7 +91,7 @@ class Tail:
 
     @property
     def changed(self) -> Event:
-        """Set at the next change. A reader takes it before it checks, so as not to miss one."""
+        """An Event that the next change sets. Get it before checking, so as not to miss one."""
         return self._changed
 
     def frames_after(self, position: int, types: frozenset[str]) -> tuple[bytes, int]:
@@ -102,7 +102,7 @@ class Tail:
             return self._from_store(position, types)
         found = self._cache.get((position, types))
         if found is None:
-            # the ids in memory have no holes
+            # the ids in memory have no gaps
             entries = itertools.islice(self._recent, position + 1 - self._recent[0][0], None)
             found = self._cache[position, types] = _join(entries, types), self.newest
         return found
@@ -178,7 +178,7 @@ class Subscription(Iterator[bytes | None]):
         self._tail.wake()
 
     def close(self) -> None:
-        """Give up the reader's place. Idempotent."""
+        """Free the reader's place. Idempotent."""
         if self._open:
             self._open = False
             self._tail.unsubscribe()

@@ -31,7 +31,7 @@ class Record:
     ended: float = 0.0
     status: int = 0
     sent_bytes: int = 0
-    #: Events of a stream sent to the client; models send about one token in each.
+    #: Number of stream events sent to the client; models send about one token in each.
     chunks: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     error: str | None = None

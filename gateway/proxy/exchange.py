@@ -80,7 +80,7 @@ class Proxy:
         self._in_flight: set[Exchange] = set()
 
     def exchange(self, environ: Environ) -> ProxyResponse:
-        """Serve one request; raises a GatewayError when LM Studio gives nothing to relay."""
+        """Serve one request; raises a GatewayError if there is nothing to relay."""
         path, target = upstream_target(environ)
         record = Record(
             request_id=environ[REQUEST_ID],

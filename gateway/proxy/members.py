@@ -118,7 +118,7 @@ def _reject_constant(name: str) -> Any:
 
 
 def _keep_text(number: str) -> str:
-    # nothing here computes with numbers: no limit of digits, no loss of precision, less work
+    # numbers are not used here: keeping their text avoids a digit limit, lost precision and work
     return number
 
 

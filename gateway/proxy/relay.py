@@ -20,13 +20,13 @@ from gateway.proxy.usage import Tap, usages
 from gateway.request import ClientWatch
 from gateway.sse import HEARTBEAT
 
-#: How much of the end of a plain response is kept to find its usage.
+#: Bytes kept from the end of a plain response, where its usage is.
 TAIL_BYTES = 16384
 
 
 class ResponseAborted(ConnectionResetError):
     """Raised in the middle of a body to end the response without a proper end, so that no client
-    takes it for complete.
+    mistakes it for complete.
 
     WSGI servers close the client's connection, and log no traceback, when an application fails
     with this kind of error.
@@ -101,7 +101,7 @@ def stream(
     """Relay an event stream as it arrives, with a comment in each long silence and an error event
     when LM Studio breaks it off.
 
-    ``timeout`` is the longest silence allowed, in seconds (None: any).
+    ``timeout`` is the longest silence allowed, in seconds (None: no limit).
     """
     yield b""  # sends the head now, not with the first event
     if exchange.head.get("content-encoding"):
@@ -122,7 +122,7 @@ def late_stream(
 ) -> Iterator[bytes]:
     """Relay a stream that the gateway began itself, because LM Studio's head was late.
 
-    The client has got status 200, so a failure can only be reported as an error event.
+    The client has already received status 200, so a failure can only be reported as an error event.
     """
     yield sse.KEEP_ALIVE
     try:
@@ -217,7 +217,7 @@ def _arrivals(exchange: Exchange, tap: Tap, timeout: float | None) -> Iterator[b
 
 
 def _await_head(exchange: Exchange, timeout: float | None) -> Iterator[None]:
-    """Wait for the head, which is late by one heartbeat already; yields whenever a comment is due.
+    """Wait for the head, which is already one heartbeat late; yields whenever a comment is due.
 
     Raises UpstreamTimeout.
     """

@@ -47,7 +47,7 @@ def embedded_error(content: bytes, encoding: str | None = None) -> GatewayError 
 
 
 def error_in(status: int, content: bytes) -> GatewayError | None:
-    """Return the error that a complete response stands for; None if it is not an error."""
+    """Return the error that a complete response represents; None if it is not an error."""
     if status < 400:
         return embedded_error(content)
     parsed = _parse(content)

@@ -68,7 +68,7 @@ class Tap:
         return held
 
     def _filter(self, complete: bytes, rest: bytes, has_usage: bool) -> bytes:
-        """Return the bytes to send of the complete events and of the incomplete one behind them,
+        """Return the bytes to send of the complete events and of the incomplete one after them,
         without the usage chunk."""
         out = b""
         if complete:

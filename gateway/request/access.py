@@ -1,4 +1,4 @@
-"""Who is admitted: request id, allowlist, preflight, key and role, in that order (contract §2).
+"""Who is admitted: request id, allowlist, preflight, key and role, in that order.
 
 Everything here works on the WSGI environ, so that the same code guards every route.
 """
@@ -106,7 +106,7 @@ class Access:
         return headers
 
     def peer(self, environ: Environ) -> str:
-        """The client's address, for which trusted proxies vouch in ``X-Forwarded-For``."""
+        """The client's address, which trusted proxies report in ``X-Forwarded-For``."""
         nearest = _socket_peer(environ)
         trusted = self._settings.trusted_proxies
         if not self.trusts_peer(environ):
@@ -168,7 +168,7 @@ class Access:
 
 
 def request_id_of(environ: Environ) -> str:
-    """The request's id: a sane inbound ``X-Request-Id``, else a new one.
+    """The request's id: the inbound ``X-Request-Id`` if it is valid, else a new one.
 
     The first call puts it into the environ, where later calls find it.
     """

@@ -1,4 +1,4 @@
-"""Which headers are forwarded, in both directions, and which the gateway writes (contract §4)."""
+"""Which headers are forwarded, in both directions, and which the gateway writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway.request.bodies import Body
 
 Environ = dict[str, Any]
 
-#: Request headers that are not forwarded, nor are those that ``Connection`` names. The gateway
+#: Request headers that are not forwarded; neither are those that ``Connection`` names. The gateway
 #: writes its own ``X-Forwarded-*``.
 _NOT_FORWARDED = frozenset(
     {
@@ -53,7 +53,7 @@ _NOT_RELAYED = frozenset(
 
 #: Not relayed either: only the gateway decides which origins may read its responses.
 _CORS = "access-control-"
-#: Response headers that describe a body, and are wrong for another one.
+#: Response headers that describe the original body and would be wrong for a replacement.
 _ABOUT_BODY = ("content-type", "content-length", "content-encoding", "etag", "last-modified")
 
 

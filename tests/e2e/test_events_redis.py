@@ -233,7 +233,7 @@ def test_no_event_is_stored_twice_when_redis_stalls(
     own_redis.freeze()
     ids = [ask(gateway).headers["X-Request-Id"] for _ in range(4)]
     # the warning means that the first attempt to write has failed
-    eventually(lambda: "events wait for the store" in gateway.logged(), 30)
+    eventually(lambda: "events are waiting for the store" in gateway.logged(), 30)
     own_redis.thaw()
     eventually(lambda: health(gateway) == "ok", 30)
     ids.append(ask(gateway).headers["X-Request-Id"])
