@@ -1,8 +1,8 @@
 """A requests transport adapter that returns a response before any of it has arrived.
 
 urllib3 opens the connections (TLS included); the adapter keeps them and writes the requests. It
-does not use the library's response, which waits for whole chunks and which nobody else can abort:
-see :class:`.exchange.Exchange`.
+does not use the library's response, which waits for whole chunks and can't be aborted from
+elsewhere: see :class:`.exchange.Exchange`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gateway.lmstudio.exchange import ConnectionBroken, Exchange
 
 #: Seconds to open a connection.
 CONNECT_TIMEOUT = 5.0
-#: LM Studio closes a connection after 5 s without a request. One that may be closed while the next
-#: request is on its way is not used again.
+#: LM Studio closes a connection after 5 s without a request. A connection that may be closed while
+#: the next request is on its way is not reused.
 MAX_IDLE_SECONDS = 4.0
 
 Connection = HTTPConnection

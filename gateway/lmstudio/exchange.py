@@ -14,7 +14,7 @@ from gateway import sockets
 from gateway.clock import remaining
 from gateway.lmstudio import http1
 
-#: The most that one arrival can be.
+#: The maximum size of one arrival, in bytes.
 READ_BYTES = 65536
 
 #: Returns to the pool a connection that can carry another exchange.

@@ -1,8 +1,9 @@
 """Parses HTTP/1.1 responses: heads and the framing of bodies (RFC 9112).
 
 The parser is incremental and strict. Bytes go in as they arrive and their payload comes out at
-once, and anything that a server must not send raises :class:`Malformed`. A parser of our own, which
-never waits for a whole chunk, is what lets streams pass without delay (see README.rst, Speed).
+once, and anything that a server must not send raises :class:`Malformed`. Streams pass without delay
+because this parser, unlike those of the libraries, never waits for a whole chunk (see README.rst,
+Speed).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Link:
         return _dicts(self._call("system", "listDownloadedModels"))
 
     def loaded(self, namespace: str) -> list[dict[str, Any]]:
-        """Return every loaded instance of a namespace (``llm`` or ``embedding``), likewise."""
+        """Return every loaded instance of a namespace (``llm`` or ``embedding``), also as dicts."""
         return _dicts(self._call(namespace, "listLoaded"))
 
     def load_config(self, namespace: str, identifier: str) -> list[dict[str, Any]]:
@@ -92,11 +92,11 @@ class Link:
                     raise
 
     def connect(self) -> None:
-        """Connect to LM Studio, unless connected: checks that it is there and accepts the token."""
+        """Connect to LM Studio if not yet connected; checks that it runs and accepts the token."""
         self._sessions.connect("system")
 
     def is_connected(self) -> bool:
-        """Whether LM Studio is connected, or can be at the first attempt."""
+        """Whether LM Studio is connected, or a first attempt to connect succeeds."""
         try:
             self._sessions.connect("system", attempts=1)
         except GatewayError:

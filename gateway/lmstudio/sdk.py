@@ -125,7 +125,7 @@ def silence_sdk() -> None:
 
 
 def cancel_load(session: Any, endpoint: Any, channel: Any) -> None:
-    """Cancel a load in LM Studio, which would go on after a timeout or a killed greenlet."""
+    """Cancel a load, which would otherwise continue after a timeout or a killed greenlet."""
     if not endpoint.is_finished and session._lmsws is not None:
         with suppress(Exception):
             channel.cancel()

@@ -98,8 +98,8 @@ def checked_settings_or_exit() -> Settings:
 
 
 def check_state(url: str) -> None:
-    """Open the SQLite state once, so that a fault is one readable line and not a traceback of every
-    worker. Redis need not be up yet, as the gateway serves without it.
+    """Open the SQLite state once, so that a fault is one readable line and not a traceback from
+    every worker. Redis need not be up yet, as the gateway serves without it.
 
     Raises SettingsError.
     """

@@ -1,6 +1,7 @@
 """Parses the head of an HTTP/1.1 request into a WSGI environ (RFC 9112).
 
-The parser is strict: a head that two parties read differently smuggles requests past one of them.
+The parser is strict: a head that two parties read differently can smuggle a request past one of
+them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def parse(head: bytes, environ: Environ) -> tuple[bool, int | None]:
         if key not in environ:
             environ[key] = value
         elif key in SINGLE:
-            raise RequestRejected("A header is repeated that must not be.")
+            raise RequestRejected("A header that must not be repeated is repeated.")
         elif key:
             environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
     environ.pop("", None)

@@ -45,11 +45,11 @@ class RequestReader:
 
     @property
     def pending(self) -> bool:
-        """Whether more has arrived than was taken, as with pipelined requests."""
+        """Whether more has arrived than has been read, as with pipelined requests."""
         return bool(self._buffer)
 
     def head(self, timeout: float) -> bytes:
-        """Read a request's head, up to and without its empty line.
+        """Read a request's head, without the empty line that ends it.
 
         Raises RequestRejected as soon as the bytes can't become a head, ConnectionEnded if the
         client closes the connection, TimeoutError after ``timeout`` seconds.
@@ -156,7 +156,7 @@ class RequestBody:
             raise
 
     def can_discard(self) -> bool:
-        """Whether the unread rest is short, is being sent, and can be read and discarded."""
+        """Whether the rest of the body is short and on its way, so it can be read and discarded."""
         waited_for = self._send_continue is not None
         return not (waited_for or self.broken or self._chunked) and self._left <= MAX_UNREAD
 
@@ -194,7 +194,7 @@ class RequestBody:
                 self.done = True
                 return
             if header_field(trailer)[0] in _NO_TRAILER:
-                raise RequestRejected("The body has a trailer that must not be one.")
+                raise RequestRejected("The body has a trailer field that is not allowed.")
         raise RequestRejected("The body has too many trailers.")
 
     def _end_data(self, deadline: float) -> None:

@@ -41,9 +41,10 @@ class Response:
     def send(self, application: Any) -> None:
         """Run the application and send each piece of its body at once; an empty one sends the head.
 
-        If the application fails before the head was sent, the client gets a 500. Later its response
-        is cut off, so that no client mistakes it for a complete one. Raises ConnectionEnded in both
-        cases, and whatever the socket raises when the client has disconnected.
+        If the application fails before the head was sent, the client gets a 500. If it fails later,
+        the response is cut off, so that no client mistakes it for a complete one. Raises
+        ConnectionEnded in both cases, and whatever the socket raises when the client has
+        disconnected.
         """
         result = None
         try:
@@ -95,7 +96,7 @@ class Response:
             self.keep_alive = self.keep_alive and self._chunked
             if self._chunked:
                 more.append(("Transfer-Encoding", "chunked"))
-        # the client has disconnected, or the next request can't be told from the unread body
+        # the client has disconnected, or the next request can't be told apart from the unread body
         if status[:3] == "499" or not (self._body.done or self._body.can_discard()):
             self.keep_alive = False
         if not self.keep_alive:

@@ -77,7 +77,8 @@ def on_starting(server: Any) -> None:
     # prometheus-client reads the variable when it is imported
     import_module("gateway.app")
     gc.collect()
-    gc.freeze()  # a collection in a worker would write to the shared memory and so copy it
+    # a garbage collection in a worker would write to the shared memory, and so copy it
+    gc.freeze()
 
 
 def post_fork(server: Any, worker: Any) -> None:

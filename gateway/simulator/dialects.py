@@ -36,7 +36,7 @@ def _event(kind: str = "", **content: Any) -> bytes:
 
 
 def _per_token(event: bytes, tokens: list[str]) -> Iterator[bytes]:
-    """Yield the event with each token in place of the mark; the rest is encoded only once."""
+    """Yield the event with each token in place of a placeholder; the rest is encoded only once."""
     before, _, after = event.partition(encoded(_MARK))
     for token in tokens:
         yield before + encoded(token) + after

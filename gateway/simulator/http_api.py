@@ -1,4 +1,4 @@
-"""LM Studio's HTTP API: its endpoints, the model that a request means, and what that generates."""
+"""LM Studio's HTTP API: its endpoints, the model that a request means, and what it generates."""
 
 from __future__ import annotations
 

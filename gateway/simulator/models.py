@@ -42,8 +42,8 @@ reranker future-reranker future bert 1B 1 512 - gguf
 llm future-format-8b future llama 8B 1 8192 - hologram"""
 _ROWS = [_model(row) for row in _TABLE.splitlines()]
 MODELS = {model["modelKey"]: model for model in _ROWS[:-2]}
-#: Models that a newer LM Studio might list: the SDK's types don't know the one's kind and the
-#: other's file format.
+#: Models that a newer LM Studio might list: the SDK's types know neither the kind of the first nor
+#: the file format of the second.
 UNFAMILIAR_MODELS = _ROWS[-2:]
 
 #: Load setting → default, which has the form of its values (lmstudio/_kv_config.py, 1.5.0).

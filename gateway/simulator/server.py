@@ -54,7 +54,7 @@ _ENDS = {
     "error-in-stream-event": f'event: error\ndata: {{"error": {{"message": "{_CRASH}"}}}}\n\n',
     "error-in-stream-data": f'data: {{"error": "{_CRASH}"}}\n\n',
 }
-#: Faults that break the response: the exchange is recorded with the outcome ``fault``.
+#: Faults that break the response off; the exchange is recorded with the outcome ``fault``.
 _BREAKING = {*_REPLACEMENTS, *_ENDS, "close-before-head", "garbage-head", "break-plain"}
 #: Faults that only change how an intact response is sent.
 _SHAPING = {"gzip", "split-bytes", "crlf", "big-answer", "one-chunk", "no-length"}

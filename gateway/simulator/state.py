@@ -69,7 +69,7 @@ class Simulator:
         return Response({"error": f"Unknown control path: {method} {path}"}, 404)
 
     def _set_faults(self, switches: JsonObject) -> Response:
-        """Set these switches; ``drop_sockets`` is none, but drops the open WebSockets once."""
+        """Set these switches. ``drop_sockets`` isn't one: it drops the open WebSockets once."""
         kinds = get_type_hints(Switches)
         if switches.pop("drop_sockets", False):
             for socket in list(self.sockets):

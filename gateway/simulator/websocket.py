@@ -25,7 +25,7 @@ class Dropped(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types
 
 
 class Connection(Protocol):
-    """The HTTP connection that a session takes over, its request read up to the end of the head."""
+    """The HTTP connection that a session takes over, whose request head has been read."""
 
     path: str
     headers: Message
@@ -99,7 +99,8 @@ class Session:
         """Answer the first message; a token ``sk-lm-ID:KEY`` is sent as identifier and passkey."""
         hello, token = next(messages, None), self._simulator.token
         if self._simulator.switches.silent_after_upgrade:
-            return any(False for _ in messages)  # reads on; stays silent after the switch is off
+            # keeps reading, and stays silent even once the switch is off
+            return any(False for _ in messages)
         match hello:
             case {"authVersion": 1, "clientIdentifier": name, **more}:
                 if token in (None, f"sk-lm-{name}:{more.get('clientPasskey')}"):
@@ -129,7 +130,7 @@ class Session:
                 self._warn(message)
 
     def _warn(self, *what: object) -> None:
-        """Warn of a message that LM Studio's schemas reject; like LM Studio, without its call."""
+        """Warn about a message that LM Studio's schemas reject, without naming its call."""
         warning = f"Received communication that violates the protocol: {json.dumps(what)}"
         self._simulator.warnings.append(warning)
         self._send(type="communicationWarning", warning=warning)

@@ -14,11 +14,11 @@ _BORN = time.time_ns()
 def birth(pid: int) -> int:
     """When a process started, in clock ticks since boot (``starttime`` of proc(5)).
 
-    It distinguishes the process from a later one with the same number. A dead process has -1; every
-    living one has 0 on systems without /proc.
+    It distinguishes the process from a later one with the same number. Returns -1 for a dead
+    process, and 0 for every living one on systems without /proc.
     """
     if sys.platform == "win32":
-        # os.kill(pid, 0) would end the process; the gateway has a single one there
+        # os.kill(pid, 0) would end the process there, where the gateway is a single process
         return _BORN if pid == os.getpid() else -1
     try:
         os.kill(pid, 0)

@@ -1,7 +1,7 @@
 """The shared state in Redis, for the workers of several machines.
 
 Events are a Redis stream whose ids are whole numbers handed out by one Lua script, so that they
-increase strictly and have no holes. A change of the active model is announced by PUBLISH, and the
+increase strictly and have no gaps. A change of the active model is announced by PUBLISH, and the
 announcing worker waits until every subscriber has acknowledged it: from its response on, all
 workers agree.
 """

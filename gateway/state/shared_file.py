@@ -11,8 +11,8 @@ from pathlib import Path
 class SharedFile:
     """A small file that every worker maps into memory as ``view``.
 
-    Writing is a system call all the same: a mapped page that can't reach a full disk would kill the
-    process instead of raising OSError.
+    Writing is a system call, unlike reading: a mapped page that can't reach a full disk would kill
+    the process instead of raising OSError.
     """
 
     def __init__(self, path: Path, size: int) -> None:

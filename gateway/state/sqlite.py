@@ -21,7 +21,7 @@ from gateway.state.shared_file import SharedFile
 from gateway.state.store import MAX_AGE_SECONDS, MAX_EVENTS, Active, Batch, StoredEvent, StoreError
 
 #: The clock by which events age, in seconds since boot: setting the time of day does not move it.
-#: An event from before the last boot has a greater number, or is at least as old as it seems.
+#: An event from before the last boot appears to be from the future, or younger than it is.
 _LOG_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 #: Seconds to wait for the lock of another process.
@@ -162,7 +162,7 @@ class SqliteStore:
                     "DELETE FROM events WHERE id <= ? OR at < ?",
                     (newest - MAX_EVENTS, now - MAX_AGE_SECONDS),
                 )
-        with suppress(OSError):  # the events are written; readers find them without the hint too
+        with suppress(OSError):  # the events are written; readers find them even without the hint
             self._shared.write(self._NEWEST_AT, self._NEWEST.pack(newest))
 
     def _newest(self) -> int:
