@@ -191,7 +191,7 @@ class SdkClient:
 
 @pytest.fixture(params=["openai", "anthropic"])
 def sdk(request: pytest.FixtureRequest) -> Iterator[Callable[..., SdkClient]]:
-    """Makes clients of a gateway, in turn with each of the two packages."""
+    """Makes clients of a gateway; the test runs once with each of the two packages."""
     made: list[SdkClient] = []
 
     def make(gateway: Gateway, key: str = SdkClient.KEY) -> SdkClient:

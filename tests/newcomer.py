@@ -89,7 +89,7 @@ class Newcomer:
     def running(
         self, block: Block, prints: str, edits: dict[str, str] | None = None
     ) -> Iterator[None]:
-        """Run a block inside the ``with`` block, which begins when it has printed this text."""
+        """Keep a block running during the ``with`` block, which waits until it prints this."""
         with self._process(block, edits) as (process, output):
             deadline = time.monotonic() + TIMEOUT
             while prints not in output():
@@ -144,7 +144,7 @@ class Newcomer:
 
 
 def clone_into(folder: Path) -> Path:
-    """A clone of this checkout's commit, as a reader of README.rst has one."""
+    """A clone of this checkout's commit, like the one that a reader of README.rst has."""
     clone = folder / "lmstudio-gateway"
     command = ["git", "clone", "--quiet", str(ROOT), str(clone)]
     done = subprocess.run(command, capture_output=True, text=True)

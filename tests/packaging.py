@@ -73,7 +73,7 @@ def wheel_of(tree: Path, folder: Path, **environ: str) -> Path:
     return wheel
 
 
-def play(folder: Path) -> None:
+def check_distributions(folder: Path) -> None:
     clone = clone_into(folder)
     tracked = set(run("git", "ls-files", cwd=clone).splitlines())
     commit = run("git", "rev-parse", "HEAD", cwd=clone)[:12]
@@ -141,7 +141,7 @@ def try_editable(clone: Path, commit: str, folder: Path) -> None:
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="packaging-") as folder:
         try:
-            play(Path(folder))
+            check_distributions(Path(folder))
         except (StepFailed, subprocess.TimeoutExpired) as failure:
             print(f"FAILED: {failure}", file=sys.stderr)
             return 1

@@ -1,4 +1,4 @@
-"""deploy/nginx.conf, unchanged except for its addresses, in a real nginx before a real gateway.
+"""deploy/nginx.conf, unchanged except for its addresses, in a real nginx, with a real gateway.
 
 The gateway admits only 127.0.0.2, which is not nginx's own address; clients connect from there.
 """

@@ -24,7 +24,7 @@ Launch = Callable[..., Gateway]
 
 
 def closed(node: Any) -> Any:
-    """A schema that rejects members which it does not name, unless it allows them explicitly."""
+    """A schema that rejects members that it does not name, unless it allows them explicitly."""
     if isinstance(node, list):
         return [closed(inner) for inner in node]
     if not isinstance(node, dict):

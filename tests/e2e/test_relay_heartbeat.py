@@ -25,7 +25,7 @@ pytestmark = pytest.mark.both_servers
 MODEL = "qwen2-1.5b-instruct"
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 COMMENT = b": keep-alive\n\n"
-#: What the contract calls a long silence, in seconds.
+#: Seconds of silence after which a stream gets a comment.
 LONG = 10.0
 LATE = {"Prefill-Ms": "11000"}
 

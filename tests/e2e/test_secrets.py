@@ -1,4 +1,4 @@
-"""A run with every kind of key and a marked prompt, whose every trace is searched for them."""
+"""Runs with every kind of key and a marked prompt, and searches all that they leave behind."""
 
 from __future__ import annotations
 

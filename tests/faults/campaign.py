@@ -1,7 +1,7 @@
 """Runs all faults, one after another: ``python -m tests.faults.campaign [--only NAME]``.
 
-Prints the table in the reliability section of README.rst. If anything is lost that must not be, it
-prints what, and exits with status 1.
+Prints the table in the reliability section of README.rst. If anything is lost that must not be
+lost, it prints what, and exits with status 1.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Clock:
         self.environ = {"LD_PRELOAD": str(library), "CLOCK_OFFSET_FILE": str(self._file)}
 
     def jump(self, offset: int) -> None:
-        """Set the clock off by ``offset`` seconds."""
+        """Shift the clock by ``offset`` seconds."""
         self.offset = offset
         with self._file.open("r+b", buffering=0) as file:
             file.write(struct.pack("=q", offset))
@@ -123,7 +123,7 @@ def _run(clock: Clock, gateway: Gateway, state: str) -> Row:
 
 
 def _status_problems(clock: Clock, gateway: Gateway, began: float) -> list[str]:
-    """What is wrong in what the gateway reports about itself."""
+    """The problems in what the gateway reports about itself."""
     longest = time.monotonic() - began + 60
     health = eventually(lambda: _jumped(clock, gateway), 20)
     status = ask(gateway.port, **_GET, path="/debug/status")[1]
@@ -151,7 +151,7 @@ def _jumped(clock: Clock, gateway: Gateway) -> Any:
 
 
 def _event_problems(gateway: Gateway, live: EventReader, exchanges: int) -> list[str]:
-    """What is wrong in the events of the exchanges, read live and once more from the log."""
+    """The problems in the events of the exchanges, read live and once more from the log."""
     eventually(lambda: len(live.of("inference_complete")) >= exchanges, 30)
     newest = live.frames[-1].id
     late = EventReader(gateway, last_id=0)

@@ -199,7 +199,7 @@ def serves(port: int) -> bool:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
-    """Mount a disk of 2 MiB at ``folder``; call what is yielded with ``full`` or ``repaired``.
+    """Mount a disk of 2 MiB at ``folder``; yields a function to call with ``full`` or ``repaired``.
 
     Only root can mount one: for other users the test is skipped.
     """
@@ -223,9 +223,9 @@ def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def fragile_disk(folder: Path) -> Iterator[Callable[[str], None]]:
-    """Mount an ext4 disk at ``folder``; call what is yielded with ``readonly`` or ``repaired``.
+    """Mount ext4 at ``folder``; yields a function to call with ``readonly`` or ``repaired``.
 
-    The kernel makes a failing disk read-only like this. Repairing it needs a disk that nobody uses.
+    This is how the kernel makes a failing disk read-only. It can only be repaired while unused.
     Only root can mount one: for other users, and without loop devices, the test is skipped.
     """
     folder.mkdir(parents=True)
@@ -255,7 +255,7 @@ def fragile_disk(folder: Path) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def locked_database(database: Path) -> Iterator[Callable[[str], None]]:
-    """Call what is yielded with ``locked`` to lock a database as a writer, or with ``repaired``."""
+    """Yields a function: ``locked`` locks the database as a writer, ``repaired`` unlocks it."""
     held: list[sqlite3.Connection] = []
 
     def change(condition: str) -> None:

@@ -1,6 +1,6 @@
 """Measures how long the gateway serves slow clients: ``python -m tests.faults.slow``.
 
-Each client sends one byte every half second of the part of a request that it is named after. The
+Each client is named after a part of a request, of which it sends one byte every half second. The
 gateway must close every connection, otherwise the exit status is 1. Takes about two minutes.
 """
 

@@ -1,4 +1,4 @@
-"""Runs each fault of the campaign, smaller where it takes long."""
+"""Runs each fault of the campaign, scaled down if it takes long."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sends random requests to a real gateway: ``python -m tests.fuzz.campaign --requests 20000``.
 
 Whatever they contain, there must be no 5xx other than those of the contract, no HTML page, no error
-in another dialect than that of its path, no traceback in the log, and no worker that hangs or is
+in a dialect other than that of its path, no traceback in the log, and no worker that hangs or is
 restarted. Otherwise the campaign prints the request and exits with status 1.
 """
 
@@ -139,7 +139,7 @@ def main() -> int:
         target = Target(Path(folder))
         began = time.monotonic()
         try:
-            # several rounds, because hypothesis remembers everything that it tried in one
+            # several rounds, because hypothesis remembers everything that it tried in a round
             while sent < options.requests and time.monotonic() - began < options.minutes * 60:
                 left = options.minutes * 60 - (time.monotonic() - began)
                 sent += run(target, min(5000, options.requests - sent), left)

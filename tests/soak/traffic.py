@@ -1,4 +1,4 @@
-"""Shared by the scripts: the chats that they send, and what the gateway's processes use."""
+"""Shared by the scripts: the chats that they send, and the resources that the gateway uses."""
 
 from __future__ import annotations
 

@@ -25,5 +25,5 @@ def test_every_package_is_listed() -> None:
 
 
 def _folders() -> tuple[Path, Path]:
-    """Paths are given from the top of the checkout, or from the package."""
+    """The folders that paths are relative to: the checkout and the package."""
     return ROOT, ROOT / "gateway"

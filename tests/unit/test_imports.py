@@ -1,4 +1,4 @@
-"""Imports point down the layers, stay at the packages' faces, and stand at the top of a module."""
+"""Imports point down the layers, use packages' public names, and are at the top of a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 GATEWAY = Path(__file__).parents[2] / "gateway"
-#: The packages and modules from top to bottom: each may import what stands below it.
+#: The packages and modules from top to bottom: each may import what is below it.
 LAYERS = (
     "__main__",
     "commands",
@@ -57,7 +57,7 @@ class Import(NamedTuple):
 
 @cache
 def imports() -> tuple[Import, ...]:
-    """Every import of the package, also those that only a type checker sees."""
+    """Every import of the package, including those that only a type checker sees."""
     return tuple(found for path in sorted(GATEWAY.rglob("*.py")) for found in _imports_of(path))
 
 
@@ -141,7 +141,7 @@ def test_no_modules_import_each_other() -> None:
         if found.module.startswith("gateway."):
             graph.setdefault(module.removesuffix(".__init__"), set()).add(found.module)
     for module, needed in graph.items():
-        # a package's face imports its modules; inside, they import each other directly
+        # a package's __init__ imports its modules, which import each other directly
         needed -= {other for other in needed if module.startswith(f"{other}.")}
     try:
         TopologicalSorter(graph).prepare()
@@ -149,7 +149,7 @@ def test_no_modules_import_each_other() -> None:
         pytest.fail(" → ".join(cycle.args[1]))
 
 
-def test_other_packages_are_imported_by_their_faces() -> None:
+def test_other_packages_are_imported_by_their_public_names() -> None:
     behind = [
         str(found)
         for found in imports()
@@ -157,7 +157,7 @@ def test_other_packages_are_imported_by_their_faces() -> None:
         and part(found.module) != own(found)
         and found.module.count(".") > 1
         and not _is_public(found.module)
-        # a face would import it before gevent has patched the process
+        # the __init__ would import it before gevent has patched the process
         and found.module != "gateway.simulator.server"
     ]
     assert behind == []
@@ -166,8 +166,8 @@ def test_other_packages_are_imported_by_their_faces() -> None:
 def _is_public(module: str) -> bool:
     """Whether a package names this module of its own in ``__all__``."""
     package, _, name = module.rpartition(".")
-    face = (GATEWAY.parent / package.replace(".", "/") / "__init__.py").read_text()
-    return f'"{name}"' in face.partition("__all__")[2]
+    init = (GATEWAY.parent / package.replace(".", "/") / "__init__.py").read_text()
+    return f'"{name}"' in init.partition("__all__")[2]
 
 
 @pytest.mark.parametrize(

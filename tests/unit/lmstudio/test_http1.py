@@ -1,4 +1,4 @@
-"""Any split of a response's bytes gives the same payload, and malformed ones are rejected."""
+"""Any split of a response's bytes gives the same payload; malformed responses are rejected."""
 
 from __future__ import annotations
 

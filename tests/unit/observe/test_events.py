@@ -27,7 +27,7 @@ NO_TYPES: frozenset[str] = frozenset()
 
 
 class Store:
-    """A store in memory that keeps the newest ``keeps`` events and can be made unavailable."""
+    """A store in memory that keeps the newest ``keeps`` events and can become unavailable."""
 
     def __init__(self, keeps: int = 100_000) -> None:
         self.keeps = keeps

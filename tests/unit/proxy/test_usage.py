@@ -1,4 +1,4 @@
-"""The tap on event streams passes every byte but the usage chunk that the client did not want."""
+"""Tap passes on every byte of a stream except the usage chunk that the client did not ask for."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ends_an_event(data: bytes) -> bool:
 
 
 @given(EVENTS, ENDS, CUTS)
-def test_the_stream_is_the_same_but_for_the_usage_chunk(
+def test_the_stream_is_the_same_except_for_the_usage_chunk(
     events: list[bytes], end: bytes, cuts: list[int]
 ) -> None:
     tap = Tap(remove_usage=True)

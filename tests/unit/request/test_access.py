@@ -240,7 +240,7 @@ def test_a_unix_peer_is_admitted_if_all_are_or_as_a_trusted_proxy(
 
 
 @pytest.mark.parametrize("inbound", ["abc-1", "req:7/8", "a" * 128])
-def test_a_sane_request_id_is_kept(inbound: str) -> None:
+def test_a_valid_request_id_is_kept(inbound: str) -> None:
     request = environ(HTTP_X_REQUEST_ID=inbound)
     access().admit(request)
     assert request[REQUEST_ID] == inbound

@@ -21,7 +21,7 @@ test("the chart ends at the next whole step of the clock", () => {
   assert.equal(chartEnd(END + 1), END + STEP);
 });
 
-test("completions fall into the bucket of their time, the oldest first", () => {
+test("completions are put into the bucket of their time, oldest first", () => {
   const found = counts([END - CHART_MS, END - CHART_MS + STEP - 1, END - CHART_MS + STEP, END - 1]);
   const expected = Array(BUCKETS).fill(0);
   expected[0] = 2;
@@ -30,18 +30,18 @@ test("completions fall into the bucket of their time, the oldest first", () => {
   assert.deepEqual(found, expected);
 });
 
-test("a completion from the future counts as one of now", () => {
+test("a completion from the future is put into the latest bucket", () => {
   assert.equal(counts([END, END + CHART_MS]).at(-1), 2);
 });
 
-test("the median is a value that occurred, the lower of two in the middle", () => {
+test("the median is a value that occurred: the lower of the two in the middle", () => {
   const of = (...totals) => median(totals.map((total) => ({ total })), "total");
   assert.equal(of(7), 7);
   assert.equal(of(100, 9, 20), 20);
   assert.equal(of(4, 1, 3, 2), 2);
 });
 
-test("the median leaves out what is not known", () => {
+test("the median ignores unknown values", () => {
   assert.equal(median([{ speed: null }, { speed: 5 }, { speed: null }], "speed"), 5);
   assert.equal(median([{ speed: null }], "speed"), null);
   assert.equal(median([], "speed"), null);

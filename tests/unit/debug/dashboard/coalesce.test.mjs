@@ -38,7 +38,7 @@ function stage(context) {
   };
 }
 
-test("the first call starts at once, and more calls before that change nothing", async (t) => {
+test("the first call starts the work at once, and further calls change nothing", async (t) => {
   const { soon, starts, advance, finish } = stage(t);
   for (let times = 0; times < 5; times += 1) soon();
   assert.deepEqual(starts, []);
@@ -48,7 +48,7 @@ test("the first call starts at once, and more calls before that change nothing",
   assert.deepEqual(starts, [0]);
 });
 
-test("calls while it works make it work once more, after the gap", async (t) => {
+test("calls while the work runs make it run once more, after the gap", async (t) => {
   const { soon, starts, advance, finish } = stage(t);
   soon();
   advance(0);
@@ -64,7 +64,7 @@ test("calls while it works make it work once more, after the gap", async (t) => 
   assert.equal(starts.length, 2);
 });
 
-test("a call within the gap waits for its end", async (t) => {
+test("a call within the gap waits for the end of the gap", async (t) => {
   const { soon, starts, advance, finish } = stage(t);
   soon();
   advance(0);
@@ -77,7 +77,7 @@ test("a call within the gap waits for its end", async (t) => {
   assert.deepEqual(starts, [0, GAP]);
 });
 
-test("a call after the gap starts at once", async (t) => {
+test("a call after the gap starts the work at once", async (t) => {
   const { soon, starts, advance, finish } = stage(t);
   soon();
   advance(0);

@@ -43,7 +43,7 @@ test("a completion has its times, its tokens and the model of its start", () => 
   assert.equal(complete({}), line);
 });
 
-test("the first byte is left out where it tells nothing", () => {
+test("the first byte is left out if it adds nothing", () => {
   const line = "200 · 2.50 s · 98 tokens · 41.3 tokens/s";
   assert.equal(complete({ ttftMs: null }), line);
   assert.equal(complete({}, { ...START, stream: false }), `${line} · qwen`);
@@ -78,7 +78,7 @@ test("errors and gaps are described", () => {
   assert.equal(describe({ type: "gap", data: { missed: 1 } }), "1 event missed");
 });
 
-test("an event of a type from the future is shown as it is", () => {
+test("an event of an unknown type is shown as it is", () => {
   assert.equal(describe({ type: "host_state", data: { state: "up" } }), '{"state":"up"}');
   assert.equal(groupOf("host_state"), "");
 });

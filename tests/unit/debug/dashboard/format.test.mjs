@@ -12,7 +12,7 @@ import {
   wholeUnits,
 } from "../../../../gateway/debug/dashboard/scripts/format.mjs";
 
-test("a number has thousands separators and only the digits asked for", () => {
+test("a number has thousands separators and only the requested digits", () => {
   assert.equal(number(32768), "32,768");
   assert.equal(number(12.345), "12");
   assert.equal(number(12.345, 1), "12.3");
@@ -25,7 +25,7 @@ test("a count has its noun in singular or plural", () => {
   assert.equal(plural(1234, "token"), "1,234 tokens");
 });
 
-test("a duration is the less precise the longer it is", () => {
+test("the longer a duration is, the less precise it is", () => {
   const cases = [
     [0, "0 ms"],
     [999.4, "999 ms"],
@@ -39,7 +39,7 @@ test("a duration is the less precise the longer it is", () => {
   for (const [ms, text] of cases) assert.equal(duration(ms), text);
 });
 
-test("a duration that is not known is a dash", () => {
+test("an unknown duration is a dash", () => {
   assert.equal(duration(null), "–");
   assert.equal(duration(undefined), "–");
 });
@@ -58,7 +58,7 @@ test("whole units are the two largest that are not zero", () => {
   for (const [ms, text] of cases) assert.equal(wholeUnits(ms), text);
 });
 
-test("a file size that is not known is empty", () => {
+test("an unknown file size is empty", () => {
   assert.equal(fileSize(4_683_000_000), "4.7 GB");
   assert.equal(fileSize(null), "");
   assert.equal(fileSize(undefined), "");
@@ -74,7 +74,7 @@ test("empty parts leave no separator behind", () => {
   assert.equal(joined(), "");
 });
 
-test("an instance is named where its name is not its model's", () => {
+test("an instance is named if its name differs from its model's", () => {
   assert.equal(modelName({ modelKey: "qwen", instanceId: "coder" }), "qwen as coder");
   assert.equal(modelName({ modelKey: "qwen", instanceId: "qwen" }), "qwen");
   assert.equal(modelName({ modelKey: "qwen", instanceId: null }), "qwen");

@@ -38,27 +38,27 @@ test("lines of data are joined, and only one space before them is dropped", asyn
   assert.equal(frame.data, "a\n b: c\n");
 });
 
-test("an event without data is none", async () => {
+test("an event without data is ignored", async () => {
   assert.deepEqual(await read("event: gap\nid: 1\n\nretry: 3000\n\n"), []);
 });
 
-test("a comment is a sign of life", async () => {
+test("a comment yields null, as a keep-alive", async () => {
   assert.deepEqual(await read(": keep-alive\n\n"), [null]);
 });
 
-test("what is not complete at the end is dropped", async () => {
+test("an incomplete event at the end is dropped", async () => {
   const complete = { id: undefined, event: "message", data: "a" };
   assert.deepEqual(await read("data: a\n\ndata: b\n"), [complete]);
   assert.deepEqual(await read("data: b"), []);
 });
 
-test("an answer without a body has no events", async () => {
+test("a response without a body has no events", async () => {
   const found = [];
   for await (const frame of serverSentEvents(new Response(null))) found.push(frame);
   assert.deepEqual(found, []);
 });
 
-test("it does not matter where the stream is cut, nor how its lines end", async () => {
+test("it does not matter where the stream is split, or how its lines end", async () => {
   for (const end of ["\n", "\r\n", "\r"]) {
     const event = ["id: 1", "event: x", "data: é€😀", "data: z", ""];
     const text = [": hi", ...event, "data: last", "", "."].join(end);

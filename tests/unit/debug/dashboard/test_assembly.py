@@ -1,4 +1,4 @@
-"""How the dashboard's page is made of its files, and what is rejected."""
+"""How the dashboard's page is assembled from its files, and what is rejected."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_style_must_not_end_its_own_element(source: Path) -> None:
         assemble(source)
 
 
-def test_every_module_occurs_once_and_behind_what_it_imports(source: Path) -> None:
+def test_every_module_occurs_once_and_after_what_it_imports(source: Path) -> None:
     script(source, "main", 'import "./one.mjs";\nimport "./two.mjs";\n')
     script(source, "one", 'import { base } from "./base.mjs";\n')
     script(source, "two", 'import { base } from "./base.mjs";\n')

@@ -1,4 +1,4 @@
-"""The dashboard's JavaScript under node: its own tests, and what assembling makes of it."""
+"""The dashboard's JavaScript under node: its own tests, and the assembled script."""
 
 from __future__ import annotations
 
