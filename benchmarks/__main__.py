@@ -132,7 +132,7 @@ class Run:
             for target, found in ((self.gateway, full), (fresh, empty)):
                 found.append(measures.requests(target, self.testbed.folder, 4, 1).cpu_ms)
             self.testbed.remove(fresh)
-        print(f"\nCPU of a request, 10,000 events in the log to none: {_ratio(full, empty)}")
+        print(f"\nCPU of a request, with 10,000 events in the log / none: {_ratio(full, empty)}")
 
     def readers(self) -> None:
         """Plain requests with and without 20 readers of the event stream."""
@@ -144,7 +144,7 @@ class Run:
                 with_readers.append(self._plain())
         rates = [[one.per_second for one in found] for found in (with_readers, without)]
         costs = [[one.cpu_ms for one in found] for found in (with_readers, without)]
-        print(f"\n20 event readers to none: requests/s {_ratio(*rates)}, CPU {_ratio(*costs)}")
+        print(f"\nWith 20 event readers / none: requests/s {_ratio(*rates)}, CPU {_ratio(*costs)}")
 
     def _plain(self) -> Requests:
         return measures.requests(self.gateway, self.testbed.folder, 16, self.seconds)

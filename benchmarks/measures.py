@@ -92,7 +92,7 @@ def fast_events(target: Target, streams: int, seconds: float) -> float:
 
 
 def first_bytes_ms(target: Target, count: int) -> list[float]:
-    """Milliseconds from a request to its first event, for one stream after the other."""
+    """Milliseconds from a request to its first event, for one stream at a time."""
     found = []
     for _ in range(count):
         began = time.monotonic_ns()
