@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks import measures
 from benchmarks.measures import Requests, median
 from benchmarks.targets import Target, Testbed
+from tests.processes import default_signals_for_children
 
 CONNECTIONS = (1, 16, 64)
 PARTS = (
@@ -162,6 +163,7 @@ class Run:
 
 
 def main() -> None:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

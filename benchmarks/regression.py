@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks import measures
 from benchmarks.measures import median
 from benchmarks.targets import Testbed
+from tests.processes import default_signals_for_children
 
 
 def yardstick() -> float:
@@ -32,6 +33,7 @@ def yardstick() -> float:
 
 
 def main() -> None:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

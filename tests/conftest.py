@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from tests.nginx import Nginx
-from tests.processes import Gateway, Simulator, eventually
+from tests.processes import Gateway, Simulator, default_signals_for_children, eventually
 from tests.redis_server import RedisServer
 
 
@@ -25,6 +25,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests marked ``both_servers`` under gunicorn and under gevent's own server."""
     if metafunc.definition.get_closest_marker("both_servers"):
         metafunc.parametrize("server", ["gunicorn", "gevent"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> None:
+    """Let tests interrupt the processes they start, no matter how pytest itself was started.
+
+    This is a fixture rather than a hook because pytest-xdist's controller must not run it: its
+    workers would no longer ignore what the controller ignores.
+    """
+    default_signals_for_children()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.browser import Window, chromium
 from tests.nginx import Nginx
-from tests.processes import clean_environ, free_port
+from tests.processes import clean_environ, default_signals_for_children, free_port
 from tests.readme import ROOT, Block, blocks, replaced
 
 KEY, ADMIN = "inference-key-0123456789", "admin-key-0123456789abc"
@@ -229,6 +229,7 @@ def _name(line: str) -> str:
 
 
 def main() -> int:
+    default_signals_for_children()
     with tempfile.TemporaryDirectory(prefix="newcomer-") as folder:
         try:
             follow_readme(Path(folder))

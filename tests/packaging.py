@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 from tests.newcomer import NOT_INHERITED, StepFailed, clone_into, step
-from tests.processes import clean_environ
+from tests.processes import clean_environ, default_signals_for_children
 
 COMMIT_FILE = "gateway/commit.txt"
 VARIABLE = "LMSTUDIO_GATEWAY_COMMIT"
@@ -139,6 +139,7 @@ def try_editable(clone: Path, commit: str, folder: Path) -> None:
 
 
 def main() -> int:
+    default_signals_for_children()
     with tempfile.TemporaryDirectory(prefix="packaging-") as folder:
         try:
             check_distributions(Path(folder))

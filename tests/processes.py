@@ -17,10 +17,28 @@ import requests
 
 from gateway.settings import TABLE
 
-START_TIMEOUT = 30.0
+START_TIMEOUT = 60.0
+#: Python itself ignores these two, and ``subprocess`` restores their default action in children.
+_PYTHONS_OWN = {signal.SIGPIPE, signal.SIGXFSZ}
 
 
-def eventually(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+def default_signals_for_children() -> None:
+    """Start child processes with the default action for every signal.
+
+    The tests themselves may run with signals ignored: a shell makes its background jobs ignore
+    SIGINT, and ``nohup`` makes a command ignore SIGHUP. Children inherit that, so a command under
+    test would never notice the Ctrl-C that a test sends it. This function gives each ignored signal
+    a handler that does nothing. The process still ignores the signal, but ``exec`` resets handlers,
+    which it does not do for ignored signals.
+
+    Call it in the main thread, before anything is started.
+    """
+    for number in signal.valid_signals() - _PYTHONS_OWN:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+def eventually(condition: Callable[[], Any], timeout: float = 30.0) -> Any:
     """Wait until ``condition`` returns something true and return it; fail at the deadline."""
     deadline = time.monotonic() + timeout
     while True:
@@ -29,6 +47,20 @@ def eventually(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
             return result
         assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
         time.sleep(0.02)
+
+
+def eventually_equal(read: Callable[[], Any], expected: Any) -> None:
+    """Wait until ``read`` returns the expected value; at the deadline, fail and show the last."""
+    found: list[Any] = []
+
+    def equal() -> bool:
+        found[:] = [read()]
+        return bool(found == [expected])
+
+    try:
+        eventually(equal)
+    except AssertionError:
+        raise AssertionError(f"{found[0]!r} instead of {expected!r}") from None
 
 
 def clean_environ() -> dict[str, str]:
@@ -120,6 +152,7 @@ class Gateway:
     def start(self) -> None:
         """Start, and wait until every worker serves."""
         with self.log.open("ab") as log:
+            self._ready_before = self._ready()
             self.process = subprocess.Popen(
                 self.command(),
                 env=self.environ,
@@ -149,7 +182,9 @@ class Gateway:
         return self.http.post(self.url + path, json=body, **{"timeout": 60, **options})
 
     def logged(self) -> str:
-        return self.log.read_text()
+        """The log so far, without an incomplete last line."""
+        text = self.log.read_bytes()
+        return text[: text.rfind(b"\n") + 1].decode()
 
     def workers(self) -> list[int]:
         """The ids of the worker processes. gevent's server has one process, which is the worker."""
@@ -161,7 +196,11 @@ class Gateway:
     def _is_up(self) -> bool:
         assert self.process.poll() is None, self.logged()
         expected = 1 if self.server == "gevent" else int(self.environ["WEB_CONCURRENCY"])
-        return self.logged().count("Worker ready") >= expected and self._answers()
+        return self._ready() - self._ready_before >= expected and self._answers()
+
+    def _ready(self) -> int:
+        """How many workers have logged that they are ready."""
+        return self.logged().count("Worker ready")
 
     def _answers(self) -> bool:
         family = socket.AF_UNIX if self.unix else socket.AF_INET

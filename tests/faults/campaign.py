@@ -19,7 +19,7 @@ from tests.faults import clock_faults as clock
 from tests.faults import dependency_faults as dependency
 from tests.faults import process_faults as process
 from tests.faults.harness import Row
-from tests.processes import Simulator
+from tests.processes import Simulator, default_signals_for_children
 
 #: The simulator is for faults that do not start their own.
 FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
@@ -54,6 +54,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help=f"one of {', '.join(FAULTS)}")
     only = parser.parse_args().only

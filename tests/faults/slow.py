@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.processes import Gateway, Simulator
+from tests.processes import Gateway, Simulator, default_signals_for_children
 from tests.wire.client import Client
 from tests.wire.test_slow import SLOW
 
@@ -48,6 +48,7 @@ def _status(received: bytes) -> str:
 
 
 def main() -> int:
+    default_signals_for_children()
     simulator = Simulator()
     with tempfile.TemporaryDirectory() as folder:
         gateway = Gateway(Path(folder), simulator.url)

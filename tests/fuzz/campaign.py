@@ -19,7 +19,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.shapes import Request, batches
-from tests.processes import Gateway, Simulator
+from tests.processes import Gateway, Simulator, default_signals_for_children
 
 #: Seconds within which every response must arrive.
 DEADLINE = 30.0
@@ -130,6 +130,7 @@ def run(target: Target, requests: int, seconds: float) -> int:
 
 
 def main() -> int:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20000)
     parser.add_argument("--minutes", type=float, default=20)

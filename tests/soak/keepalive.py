@@ -14,11 +14,12 @@ from pathlib import Path
 
 import requests
 
-from tests.processes import Gateway, Simulator
+from tests.processes import Gateway, Simulator, default_signals_for_children
 from tests.soak.traffic import CHAT, chat
 
 
 def main() -> int:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--gap", type=float, default=5.0)

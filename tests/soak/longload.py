@@ -15,7 +15,7 @@ from pathlib import Path
 import requests
 
 from tests.nginx import Nginx
-from tests.processes import Gateway, Simulator
+from tests.processes import Gateway, Simulator, default_signals_for_children
 
 FORMS = {"plain": ("*/*", '"status"'), "events": ("text/event-stream", "model_load_complete")}
 
@@ -34,6 +34,7 @@ def load(url: str, form: str, timeout: float) -> str:
 
 
 def main() -> int:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=200)
     options = parser.parse_args()

@@ -21,7 +21,12 @@ from typing import Any  # noqa: E402
 
 import gevent  # noqa: E402
 
-from tests.processes import Gateway, Simulator, eventually  # noqa: E402
+from tests.processes import (  # noqa: E402
+    Gateway,
+    Simulator,
+    default_signals_for_children,
+    eventually,
+)
 from tests.raw_http import counted, exchange, request, unchunked  # noqa: E402
 from tests.soak.traffic import (  # noqa: E402
     CHAT,
@@ -189,6 +194,7 @@ class Soak:
 
 
 def main() -> int:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     seconds = parser.parse_args().minutes * 60

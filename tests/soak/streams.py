@@ -18,7 +18,7 @@ from pathlib import Path  # noqa: E402
 
 import gevent  # noqa: E402
 
-from tests.processes import Gateway, Simulator  # noqa: E402
+from tests.processes import Gateway, Simulator, default_signals_for_children  # noqa: E402
 from tests.raw_http import counted, exchange, request  # noqa: E402
 from tests.soak.traffic import CHAT, allow_many_files, chat, memory  # noqa: E402
 
@@ -77,6 +77,7 @@ def compare(direct: Load, through: Load, what: str) -> None:
 
 
 def main() -> int:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=200)

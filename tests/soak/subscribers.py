@@ -20,7 +20,7 @@ from pathlib import Path  # noqa: E402
 
 import gevent  # noqa: E402
 
-from tests.processes import Gateway, Simulator  # noqa: E402
+from tests.processes import Gateway, Simulator, default_signals_for_children  # noqa: E402
 from tests.raw_http import exchange, request  # noqa: E402
 from tests.soak.traffic import CHAT, chat  # noqa: E402
 
@@ -68,6 +68,7 @@ def with_readers(gateway: Gateway, count: int, clients: int, seconds: float) -> 
 
 
 def main() -> int:
+    default_signals_for_children()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=3)
