@@ -107,7 +107,6 @@ def shared_strict(
         server,
         GATEWAY_API_KEY=SdkClient.KEY,
         GATEWAY_ADMIN_KEY=SdkClient.ADMIN_KEY,
-        PROXY_TIMEOUT=700,
         MAX_BODY_BYTES=100_000,
         WEB_CONCURRENCY=1,
     )
@@ -117,8 +116,27 @@ def shared_strict(
 
 @pytest.fixture
 def strict(shared_strict: Gateway, simulator: Simulator) -> Gateway:
-    """A gateway with keys, a PROXY_TIMEOUT of 0.7 s and a MAX_BODY_BYTES of 100 000."""
+    """A gateway with keys and a MAX_BODY_BYTES of 100 000."""
     return shared_strict
+
+
+@pytest.fixture(scope="module")
+def shared_brief_timeout(
+    server: str, shared_simulator: Simulator, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("brief_timeout")
+    gateway = Gateway(folder, shared_simulator.url, server, PROXY_TIMEOUT=300, WEB_CONCURRENCY=1)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture
+def brief_timeout(shared_brief_timeout: Gateway, simulator: Simulator) -> Gateway:
+    """A gateway with a PROXY_TIMEOUT of 0.3 s, for responses that never arrive in time.
+
+    On a busy machine, any response may take that long.
+    """
+    return shared_brief_timeout
 
 
 class SdkClient:

@@ -26,8 +26,8 @@ def test_lmstudio_breaks_off_the_exchange_before_responding(
 
 
 @pytest.mark.parametrize("delay", ["Prefill", "Head-Delay"])
-def test_proxy_timeout(sdk: Callable[..., Any], strict: Gateway, delay: str) -> None:
-    client = sdk(strict)
+def test_proxy_timeout(sdk: Callable[..., Any], brief_timeout: Gateway, delay: str) -> None:
+    client = sdk(brief_timeout)
     slow = {f"X-Simulator-{delay}-Ms": "30000"}
     error = client.raised(504, lambda: client.ask(headers=slow), "upstream_timeout")
     assert "in time" in str(error)
