@@ -12,7 +12,8 @@ A file in ``cases/`` begins with fields, each a line ``name: value``::
     contains: a text that the last response must contain; may be repeated
     lacks: a text that no response and no request to LM Studio may contain; may be repeated
     lacks-directly: the same, but only without nginx, which forwards it
-    end: ``keep`` (default) or ``close``: what the client does after its last byte
+    end: ``keep`` (default) or ``close``: what the client does with its half of the connection after
+         its last byte
 
 The bytes follow after a line ``---``. Line breaks of the file are ignored; ``\\r``, ``\\n``,
 ``\\t``, ``\\\\`` and ``\\xHH`` are bytes; ``{{9000*a}}`` is 9000 times ``a``, where a ``}`` is

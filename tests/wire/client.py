@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 #: Seconds within which a response must arrive.
@@ -13,8 +14,8 @@ DEADLINE = 40.0
 QUIET = 0.06
 #: Seconds of silence that show that the server waits for the client.
 WAITING = 0.5
-#: Seconds within which the server closes a connection after its last response.
-ENDING = 0.1
+#: Seconds for which a connection must stay open after its last response.
+STAYING = 0.1
 _STATUS_LINE = re.compile(rb"HTTP/1\.\d (\d{3})(?: [^\r\n]*)?")
 
 
@@ -58,6 +59,11 @@ class Client:
             self.sock.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
             self._ended = False  # a response may have arrived nevertheless
+
+    def finish(self) -> None:
+        """Close this half of the connection. Responses can still be read."""
+        with suppress(OSError):  # the server may have closed the connection already
+            self.sock.shutdown(socket.SHUT_WR)
 
     def read(self) -> Response | None:
         """The next response, None if the connection closes instead. Fails at the deadline."""

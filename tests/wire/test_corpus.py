@@ -12,7 +12,7 @@ from tests.nginx import Nginx
 from tests.processes import Gateway, Simulator, eventually
 from tests.wire import case as corpus
 from tests.wire.case import Case
-from tests.wire.client import ENDING, QUIET, WAITING, Client, Response
+from tests.wire.client import QUIET, STAYING, WAITING, Client, Response
 
 KEY, ADMIN_KEY = "wire-key-0123456789", "wire-admin-0123456789"
 KEYS = {"GATEWAY_API_KEY": KEY, "GATEWAY_ADMIN_KEY": ADMIN_KEY}
@@ -114,10 +114,16 @@ def test_case(
     expected = case.status if direct else case.nginx
     with Client(deployment.port(route)) as client:
         client.send(case.data)
-        responses = [] if case.closes else read_expected(client, expected)
+        if case.closes:
+            client.finish()
+        responses = read_expected(client, expected)
         if direct and responses and "waits" not in expected[-1]:
-            announced = responses[-1].header("Connection") == "close"
-            assert announced == client.is_closed(ENDING), responses[-1]
+            if responses[-1].header("Connection") == "close":
+                assert client.is_closed(), responses[-1]
+            elif not case.closes:
+                assert not client.is_closed(STAYING), responses[-1]
+    if case.upstream and direct:
+        eventually(lambda: len(received_by(simulator)) >= (case.upstream or 0))
     forwarded = received_by(simulator)
     if case.upstream is not None and (direct or case.nginx == case.status):
         assert len(forwarded) == case.upstream, forwarded
