@@ -121,6 +121,7 @@ class Stream:
 
     def __init__(self, port: int, count: int = 20, pace_ms: float = 50) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), 90)
+        self.port: int = self.sock.getsockname()[1]
         body = chat(count, True)
         head = f"POST {CHAT} HTTP/1.1\r\nHost: gateway\r\nX-Simulator-Pace-Ms: {pace_ms}\r\n"
         self.sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)

@@ -19,7 +19,12 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.shapes import Request, batches
-from tests.processes import Gateway, Simulator, default_signals_for_children
+from tests.processes import (
+    Gateway,
+    Simulator,
+    default_signals_for_children,
+    eventually_equal,
+)
 
 #: Seconds within which every response must arrive.
 DEADLINE = 30.0
@@ -93,8 +98,11 @@ class Target:
             self.gateway.http.close()
         log = self.gateway.logged()
         assert "Traceback" not in log, log[log.index("Traceback") :][:3000]
-        running = [one["target"] for one in self.simulator.requests() if one["endedMs"] is None]
-        assert len(running) < 5, f"exchanges are still in flight: {running}"
+        eventually_equal(self._running, [])
+
+    def _running(self) -> list[str]:
+        """The targets of the exchanges that are in flight."""
+        return [one["target"] for one in self.simulator.requests() if one["endedMs"] is None]
 
     def _upstream_sent(self, status: int) -> bool:
         return any(one["status"] == status for one in self.simulator.requests()[-3:])

@@ -26,6 +26,7 @@ from tests.processes import (  # noqa: E402
     Simulator,
     default_signals_for_children,
     eventually,
+    eventually_equal,
 )
 from tests.raw_http import counted, exchange, request, unchunked  # noqa: E402
 from tests.soak.traffic import (  # noqa: E402
@@ -209,11 +210,13 @@ def main() -> int:
             print("after all clients have disconnected:", soak.sample())
             # an idle connection may stay open until the next request, but no longer
             try:
-                eventually(lambda: _quiet(soak), 15)
+                eventually(lambda: _quiet(soak))
             except AssertionError:
                 problems.append(f"sockets left open: {soak.sample()}")
-            running = [r["target"] for r in simulator.requests() if r["outcome"] == "running"]
-            problems += [f"still running in LM Studio: {target}" for target in running]
+            try:
+                eventually_equal(lambda: _running(simulator), [])
+            except AssertionError:
+                problems.append(f"still running in LM Studio: {_running(simulator)}")
             print("at rest:", soak.sample())
         finally:
             gateway.stop()
@@ -223,6 +226,10 @@ def main() -> int:
     for line in soak.failures[:20] + problems:
         print(f"  {line}")
     return 1 if soak.failures or problems else 0
+
+
+def _running(simulator: Simulator) -> list[str]:
+    return [one["target"] for one in simulator.requests() if one["outcome"] == "running"]
 
 
 def _quiet(soak: Soak) -> bool:

@@ -20,7 +20,12 @@ from pathlib import Path  # noqa: E402
 
 import gevent  # noqa: E402
 
-from tests.processes import Gateway, Simulator, default_signals_for_children  # noqa: E402
+from tests.processes import (  # noqa: E402
+    Gateway,
+    Simulator,
+    default_signals_for_children,
+    eventually,
+)
 from tests.raw_http import exchange, request  # noqa: E402
 from tests.soak.traffic import CHAT, chat  # noqa: E402
 
@@ -57,10 +62,13 @@ def throughput(port: int, clients: int, seconds: float) -> float:
 def with_readers(gateway: Gateway, count: int, clients: int, seconds: float) -> float:
     """The throughput while ``count`` readers read the event stream."""
     readers = [gevent.spawn(read_events, gateway.port) for _ in range(count)]
-    while f"event_subscribers {float(count)}\n" not in gateway.get("/metrics").text:
+
+    def all_reading() -> bool:
         # an event lets the gateway notice that the readers of the last round have disconnected
         gateway.get("/v1/models")
-        gevent.sleep(0.2)
+        return f"event_subscribers {float(count)}\n" in gateway.get("/metrics").text
+
+    eventually(all_reading)
     try:
         return throughput(gateway.port, clients, seconds)
     finally:
