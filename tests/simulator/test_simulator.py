@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,8 @@ import lmstudio
 import openai
 import pytest
 from lmstudio.json_api import LoadModelEndpoint
+
+from tests.processes import eventually, eventually_equal
 
 TOKEN = "sk-lm-AbCdEf12:0123456789abcdefghij"
 LLM = "qwen2-1.5b-instruct"
@@ -67,6 +68,10 @@ class Running:
         response: list[dict[str, Any]] = self.http.get("/_simulator/requests").json()["requests"]
         return response
 
+    def outcomes(self) -> list[str]:
+        """How the requests ended, which is recorded a moment after the response's last byte."""
+        return [record["outcome"] for record in self.requests()]
+
     def ask(self, text: str = "count to 5", stream: bool = False, **headers: str) -> httpx.Response:
         """Ask for a chat completion; ``fault="gzip"`` is the header ``X-Simulator-Fault: gzip``."""
         knobs = {f"X-Simulator-{name.replace('_', '-')}": value for name, value in headers.items()}
@@ -78,16 +83,6 @@ class Running:
 
 def chat(text: str, stream: bool = False) -> dict[str, Any]:
     return {"model": LLM, "messages": [{"role": "user", "content": text}], "stream": stream}
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """Return the first true value of ``condition()``, or fail at the deadline."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("the condition was not met in time")
 
 
 def raw_request(port: int, body: dict[str, Any], *headers: str) -> socket.socket:
@@ -298,7 +293,7 @@ def test_a_violation_is_only_warned_about(sdk: Client, simulator: Running) -> No
             sdk.llm.remote_call(endpoint, parameter)  # type: ignore[arg-type]
     with pytest.raises(lmstudio.LMStudioTimeoutError):
         raw_load(sdk.llm, ttl=0)
-    assert len(simulator.state()["warnings"]) == 3
+    eventually_equal(lambda: len(simulator.state()["warnings"]), 3)
     assert simulator.state()["loads"] == []
 
 
@@ -323,7 +318,7 @@ def test_socket_faults(simulator: Running) -> None:
     with Client(simulator.host) as client:
         downloaded = client.system.remote_call("listDownloadedModels")
         assert {"reranker"} < {model["type"] for model in downloaded}
-        assert simulator.state()["sockets"] == {"system": 1}
+        eventually_equal(lambda: simulator.state()["sockets"], {"system": 1})
         simulator.faults(fail_loads="no luck")
         assert refusal(lambda: client.llm.load_new_instance(LLM)).cause == "no luck"
     assert simulator.http.post("/_simulator/faults", json={"typo": True}).status_code == 400
@@ -338,11 +333,11 @@ def test_a_silent_simulator_accepts_a_socket_and_sends_nothing(simulator: Runnin
             received += connection.recv(65536)
         assert received.startswith(b"HTTP/1.1 101 ")
         assert received.endswith(b"\r\n\r\n")
-        assert simulator.state()["sockets"] == {"llm": 1}
+        eventually_equal(lambda: simulator.state()["sockets"], {"llm": 1})
         connection.settimeout(0.3)
         with pytest.raises(TimeoutError):
             connection.recv(1)
-    eventually(lambda: simulator.state()["sockets"] == {})
+    eventually_equal(lambda: simulator.state()["sockets"], {})
 
 
 def test_a_reset_cancels_a_load(sdk: Client, simulator: Running) -> None:
@@ -495,12 +490,13 @@ def test_a_request_is_recorded_as_it_was_sent(simulator: Running) -> None:
     response = simulator.http.post(
         "/v1/chat/completions?a=%20b", content=iter([body]), headers={"X-Odd": "1"}
     )
+    eventually_equal(simulator.outcomes, ["complete"])
     (record,) = simulator.requests()
     assert record["target"] == "/v1/chat/completions?a=%20b"
     assert ["X-Odd", "1"] in record["headers"]
     assert base64.b64decode(record["body"]) == body
     assert record["bodySha256"] == hashlib.sha256(body).hexdigest()
-    assert (record["outcome"], record["status"]) == ("complete", 200)
+    assert record["status"] == 200
     assert base64.b64decode(record["sent"]) == response.content
     assert simulator.http.get(f"/_simulator/requests?since={record['id']}").json()["requests"] == []
 
@@ -511,10 +507,9 @@ def test_a_request_is_recorded_as_it_was_sent(simulator: Running) -> None:
 def test_a_client_that_disconnects_is_noticed(simulator: Running, stream: bool, knob: str) -> None:
     asked = chat("count to 100", stream)
     connection = raw_request(simulator.port, asked, f"X-Simulator-{knob}: 60000")
-    eventually(lambda: simulator.requests())
+    eventually(simulator.requests)
     connection.close()
-    ended = eventually(lambda: [one for one in simulator.requests() if one["endedMs"]])
-    assert ended[0]["outcome"] == "client_gone"
+    eventually_equal(simulator.outcomes, ["client_gone"])
 
 
 # -- faults of one request
@@ -529,7 +524,7 @@ def test_a_response_can_be_replaced_by_an_error(simulator: Running) -> None:
     assert (hidden.status_code, hidden.headers["content-type"][:16]) == (200, "application/json")
     assert isinstance(simulator.ask(fault="error-200").json()["error"], str)
     assert simulator.ask(fault="error-200-object").json()["error"]["message"]
-    assert {one["outcome"] for one in simulator.requests()} == {"fault"}
+    eventually_equal(simulator.outcomes, ["fault"] * 6)
     assert simulator.ask(fault="no-such-fault").status_code == 400
 
 
@@ -543,7 +538,7 @@ def test_a_response_can_be_replaced_by_an_error(simulator: Running) -> None:
 def test_a_response_can_break_off(simulator: Running, fault: str, stream: bool) -> None:
     with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
         simulator.ask(stream=stream, fault=fault)
-    assert eventually(simulator.requests)[0]["outcome"] == "fault"
+    eventually_equal(simulator.outcomes, ["fault"])
 
 
 def test_a_stream_can_end_in_an_error_or_fall_silent(simulator: Running) -> None:
