@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import Gateway, Simulator
+from tests.processes import Gateway, Simulator, free_port
 
 Launch = Callable[..., Gateway]
 OLD, NEW, ADMIN = "old-key-0123456789", "new-key-0123456789", "admin-key-0123456789"
@@ -226,12 +226,12 @@ def test_the_allowlist_matches_ipv6_and_mapped_peers(launch: Launch) -> None:
             probe.bind(("::1", 0))
         except OSError:
             pytest.skip("::1 is not usable here")
-        port = probe.getsockname()[1]
-    for number, (listen, allowed, peer, status) in enumerate(
-        [("::1", "::1", "::1", 200), ("::1", "127.0.0.1", "::1", 403),
-         ("::", "127.0.0.0/8", "127.0.0.1", 200)]
-    ):  # fmt: skip
-        gateway = launch_v6(launch, listen, port + number + 1, allowed)
+    for listen, allowed, peer, status in (
+        ("::1", "::1", "::1", 200),
+        ("::1", "127.0.0.1", "::1", 403),
+        ("::", "127.0.0.0/8", "127.0.0.1", 200),
+    ):
+        gateway = launch_v6(launch, listen, free_port(), allowed)
         connection = http.client.HTTPConnection(peer, gateway.port, timeout=60)
         assert ask(connection, "GET", "/v1/models", bearer(NEW))[0] == status, (listen, allowed)
 

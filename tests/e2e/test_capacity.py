@@ -72,7 +72,8 @@ def test_health_and_administration_are_still_served(
 
 
 def test_exchanges_in_flight_are_not_disturbed(small: Patched, simulator: Simulator) -> None:
-    running = start_streams(small.port, LIMIT, count=40, pace_ms=50)
+    # long enough for ten more requests, even on a busy machine
+    running = start_streams(small.port, LIMIT, count=120, pace_ms=50)
     assert {ask(small) for _ in range(10)} == {503}
     for one in running:
         one.join()
@@ -83,7 +84,7 @@ def test_exchanges_in_flight_are_not_disturbed(small: Patched, simulator: Simula
 def test_an_exchange_that_ends_frees_its_slot(
     small: Patched, simulator: Simulator, how: str
 ) -> None:
-    length = 40 if how == "complete" else 2000
+    length = 80 if how == "complete" else 2000
     running = start_streams(small.port, LIMIT, count=length, pace_ms=50)
     assert ask(small) == 503
     if how == "disconnect":

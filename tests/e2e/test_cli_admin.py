@@ -19,11 +19,20 @@ import requests
 import trustme
 
 from tests.conftest import SdkClient
-from tests.processes import Gateway, Simulator, clean_environ, eventually, free_port
+from tests.processes import (
+    Gateway,
+    Simulator,
+    clean_environ,
+    eventually,
+    eventually_equal,
+    free_port,
+)
 
 SCRIPT = str(Path(sys.executable).with_name("lmstudio-gateway"))
 QWEN = "qwen2.5-7b-instruct"
 SLOW = "llama-3.3-70b-instruct"
+#: Milliseconds; such a load never ends before it is cancelled.
+ENDLESS = 60_000
 NOT_INHERITED = {"REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NO_COLOR", "FORCE_COLOR"}
 Launch = Callable[..., Gateway]
 
@@ -194,8 +203,9 @@ def test_in_a_terminal_a_load_has_a_bar(ask: Run) -> None:
 def test_ctrl_c_cancels_the_load_in_lm_studio(
     start: Start, gateway: Gateway, simulator: Simulator
 ) -> None:
+    simulator.faults(load_ms=ENDLESS)
     command = start("load", SLOW, GATEWAY_URL=gateway.url)
-    eventually(lambda: b"%" in command.out, 30)
+    eventually(lambda: b"%" in command.out)
     assert [load["outcome"] for load in simulator.state()["loads"]] == ["loading"]
     status, _, err = command.interrupt().finish()
     assert (status, err) == (130, f"Interrupted: the gateway cancels the load of {SLOW}.\n")
@@ -203,9 +213,10 @@ def test_ctrl_c_cancels_the_load_in_lm_studio(
     assert gateway.get("/admin/models").json()["loaded"] == []
 
 
-def test_ctrl_c_restores_the_terminal(start: Start, gateway: Gateway) -> None:
+def test_ctrl_c_restores_the_terminal(start: Start, gateway: Gateway, simulator: Simulator) -> None:
+    simulator.faults(load_ms=ENDLESS)
     command = start("load", SLOW, GATEWAY_URL=gateway.url, terminal=True)
-    eventually(lambda: b"%" in command.out, 30)
+    eventually(lambda: b"%" in command.out)
     status, out, err = command.interrupt().finish()
     assert (status, err.count("\n")) == (130, 1)
     assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")  # the cursor is visible again
@@ -295,6 +306,7 @@ def test_status_shows_the_health_of_each_part(
     ask: Run, gateway: Gateway, simulator: Simulator
 ) -> None:
     gateway.post("/admin/models/activate", {"modelKey": QWEN})
+    eventually_equal(lambda: ids_in_flight(gateway), [])
     status, out, err = ask("status")
     assert (status, err) == (0, "")
     pairs = [line.split(": ", 1) for line in out.splitlines()]
@@ -306,6 +318,11 @@ def test_status_shows_the_health_of_each_part(
     assert "LM Studio: not connected: " in ask("status")[1]
 
 
+def ids_in_flight(gateway: Gateway) -> list[str | None]:
+    """The request ids of the operations in flight; None for a load."""
+    return [one.get("requestId") for one in gateway.get("/debug/status").json()["inFlight"]]
+
+
 @pytest.fixture
 def in_flight(gateway: Gateway, simulator: Simulator) -> Iterator[str]:
     """The request id of an exchange that stays in flight until the test ends."""
@@ -314,7 +331,8 @@ def in_flight(gateway: Gateway, simulator: Simulator) -> Iterator[str]:
     url = f"{gateway.url}/v1/chat/completions"
     with requests.post(url, json=body, headers=headers, stream=True, timeout=60) as response:
         assert response.status_code == 200
-        eventually(lambda: gateway.get("/debug/status").json()["inFlight"], 20)
+        # earlier operations are no longer in flight either
+        eventually_equal(lambda: ids_in_flight(gateway), ["req-in-flight"])
         yield "req-in-flight"
 
 
@@ -396,10 +414,13 @@ def test_no_gateway_is_status_3(run: Run, arguments: list[str]) -> None:
     assert "Connection refused" in line
 
 
-def test_a_gateway_that_dies_during_a_load_is_status_3(start: Start, launch: Launch) -> None:
+def test_a_gateway_that_dies_during_a_load_is_status_3(
+    start: Start, launch: Launch, simulator: Simulator
+) -> None:
     gateway = launch()
+    simulator.faults(load_ms=ENDLESS)
     command = start("load", SLOW, GATEWAY_URL=gateway.url)
-    eventually(lambda: b"%" in command.out, 30)
+    eventually(lambda: b"%" in command.out)
     os.killpg(gateway.process.pid, signal.SIGKILL)
     status, _, err = command.finish()
     assert status == 3

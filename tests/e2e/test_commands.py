@@ -271,30 +271,41 @@ def test_the_demo_exits_cleanly_while_it_starts(start: Start, tmp_path: Path) ->
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+@pytest.fixture
+def dotenv(tmp_path: Path) -> Path:
+    """The .env file of ``with_dotenv``, with the key ``first-key-0123456789``."""
+    path = tmp_path / ".env"
+    path.write_text("GATEWAY_API_KEY=first-key-0123456789\n")
+    return path
+
+
+@pytest.fixture
+def with_dotenv(dotenv: Path, simulator: Simulator) -> Iterator[Gateway]:
+    gateway = Gateway(dotenv.parent, simulator.url, WEB_CONCURRENCY=1)
+    yield gateway
+    gateway.stop()
+
+
 def test_sighup_reads_dotenv_again_and_bad_settings_change_nothing(
-    simulator: Simulator, tmp_path: Path, start: Start
+    with_dotenv: Gateway, dotenv: Path
 ) -> None:
-    port = free_port()
-    dotenv = tmp_path / ".env"
-    dotenv.write_text("GATEWAY_API_KEY=first-key-0123456789\n")
-    process = start([*CLI, "serve"], LMSTUDIO_BASE_URL=simulator.url, GATEWAY_PORT=port)
+    gateway = with_dotenv
 
     def status(key: str) -> int | None:
         try:
             headers = {"Authorization": f"Bearer {key}"}
-            url = f"http://127.0.0.1:{port}/v1/models"
-            return requests.get(url, headers=headers, timeout=10).status_code
+            url = f"{gateway.url}/v1/models"
+            return requests.get(url, headers=headers, timeout=30).status_code
         except requests.ConnectionError:
             return None
 
-    eventually(lambda: status("first-key-0123456789") == 200, 30)
+    assert status("first-key-0123456789") == 200
     assert status("second-key-0123456789") == 401
     dotenv.write_text("GATEWAY_API_KEY=second-key-0123456789\nPROXY_TIMEOUT=soon\n")
-    process.send_signal(signal.SIGHUP)
-    assert process.stderr is not None
-    eventually(lambda: "settings not reloaded: PROXY_TIMEOUT" in process.stderr.readline(), 30)
+    gateway.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "settings not reloaded: PROXY_TIMEOUT" in gateway.logged())
     assert status("first-key-0123456789") == 200
     dotenv.write_text("GATEWAY_API_KEY=second-key-0123456789\n")
-    process.send_signal(signal.SIGHUP)
-    eventually(lambda: status("second-key-0123456789") == 200, 30)
-    eventually(lambda: status("first-key-0123456789") == 401, 30)
+    gateway.process.send_signal(signal.SIGHUP)
+    eventually(lambda: status("second-key-0123456789") == 200)
+    eventually(lambda: status("first-key-0123456789") == 401)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import requests
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 from tests.browser import TIMEOUT, Window, chromium
-from tests.processes import Gateway, Simulator, eventually, free_port
+from tests.processes import Gateway, Simulator, eventually, eventually_equal, free_port
 
 KEY, ADMIN, WRONG = "inference-key-0123456789", "admin-key-0123456789abc", "wrong-key-0123456789abc"
 MODEL, BIG = "qwen2-1.5b-instruct", "llama-3.3-70b-instruct"
@@ -40,7 +41,15 @@ class Dashboard(Window):
 
     def press(self, selector: str) -> None:
         """Press Enter on an element: everything works without a mouse."""
-        self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(Keys.ENTER)
+
+        def pressed() -> bool:
+            try:
+                self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(Keys.ENTER)
+            except StaleElementReferenceException:  # it has just been redrawn
+                return False
+            return True
+
+        eventually(pressed, TIMEOUT)
 
     def field(self, name: str) -> Any:
         return self.driver.find_element(By.ID, name)
@@ -304,7 +313,8 @@ def test_a_load_that_is_rejected_or_fails_shows_why(
     dashboard.see("#log-rows li", "model_load · ", "The GPU is on fire.")
 
 
-def test_its_own_load_can_be_cancelled(dashboard: Dashboard) -> None:
+def test_its_own_load_can_be_cancelled(dashboard: Dashboard, simulator: Simulator) -> None:
+    simulator.faults(load_ms=60_000)
     dashboard.open_live()
     dashboard.see("#models-empty", "No models are loaded.")
     dashboard.press("#load-open")
@@ -348,9 +358,9 @@ def test_a_stream_is_in_flight_and_then_in_the_log(dashboard: Dashboard) -> None
     dashboard.see("#recent > li", "200", MODEL, "tokens")
     eventually(lambda: int(dashboard.texts("#requests-now")[0]) >= 2, TIMEOUT)
     eventually(lambda: re.fullmatch(r"[\d.,]+", dashboard.texts("#speed-now")[0]), TIMEOUT)
-    assert re.search(r"\d m?s$", dashboard.texts("#latency-now")[0])
-    outline = dashboard.driver.find_element(By.CSS_SELECTOR, "#speed-chart path").get_attribute("d")
-    assert outline.startswith("M")
+    eventually(lambda: re.search(r"\d m?s$", dashboard.texts("#latency-now")[0]), TIMEOUT)
+    outline = "return document.querySelector('#speed-chart path')?.getAttribute('d') ?? ''"
+    eventually(lambda: dashboard.driver.execute_script(outline).startswith("M"), TIMEOUT)
 
 
 def test_what_clients_send_is_shown_as_text(dashboard: Dashboard) -> None:
@@ -392,7 +402,7 @@ def test_an_event_opens_with_the_keyboard(dashboard: Dashboard) -> None:
     chat(dashboard.gateway, "to-be-opened").close()
     dashboard.field("filter").send_keys("to-be-opened")
     eventually(lambda: 1 <= len(dashboard.events()) <= 2, TIMEOUT)
-    dashboard.driver.find_element(By.CSS_SELECTOR, "#log-rows summary").send_keys(Keys.ENTER)
+    dashboard.press("#log-rows summary")
     dashboard.see("#log-rows pre", '"requestId": "to-be-opened"')
 
 
@@ -431,13 +441,14 @@ def test_it_reconnects_after_a_restart_and_misses_nothing(dashboard: Dashboard) 
     dashboard.gateway.stop()
     dashboard.see("#connection", "Not connected")
     dashboard.see("#trouble", "The gateway", "Retry now")
-    assert dashboard.driver.execute_script("return document.getElementById('models').inert")
+    inert = "return document.getElementById('models').inert"
+    eventually(lambda: dashboard.driver.execute_script(inert), TIMEOUT)
     dashboard.gateway.start()
     # it may still be waiting to reconnect: these events come from the log
     chat(dashboard.gateway, "after-restart").close()
     dashboard.see("#connection", "Live")
     eventually(lambda: len(dashboard.events()) == 4, TIMEOUT)
-    assert dashboard.texts("#trouble") == []
+    eventually_equal(lambda: dashboard.texts("#trouble"), [])
 
 
 def test_it_says_that_its_key_is_no_longer_accepted(
@@ -477,9 +488,9 @@ def test_it_follows_the_systems_light_or_dark_scheme(dashboard: Dashboard) -> No
     colour = "return getComputedStyle(document.body).backgroundColor"
     dashboard.open_live()
     dashboard.resize(1360, 1000, dark=True)
-    assert brightness(dashboard.driver.execute_script(colour)) < 60
+    eventually(lambda: brightness(dashboard.driver.execute_script(colour)) < 60, TIMEOUT)
     dashboard.resize(1360, 1000, dark=False)
-    assert brightness(dashboard.driver.execute_script(colour)) > 200
+    eventually(lambda: brightness(dashboard.driver.execute_script(colour)) > 200, TIMEOUT)
 
 
 def overflow(dashboard: Dashboard) -> int:

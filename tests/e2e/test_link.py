@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import time
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
 import requests
 
-from tests.processes import Gateway, Simulator, eventually, free_port
+from tests.processes import Gateway, Simulator, eventually, eventually_equal, free_port
 
 SMALL = "qwen2-1.5b-instruct"
 SLOW = "llama-3.3-70b-instruct"
@@ -20,6 +22,29 @@ UNREACHABLE = (
 )
 CHAT = {"model": SMALL, "messages": [{"role": "user", "content": "count to 3"}]}
 Launch = Callable[..., Gateway]
+
+
+class ClosingLMStudio:
+    """An LM Studio that closes every connection at once and counts them."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                connection.close()
 
 
 @pytest.fixture
@@ -119,34 +144,32 @@ def test_lost_connections_recover_under_concurrent_requests(
 def test_a_load_that_loses_its_connection_fails_and_the_next_one_works(
     gateway: Gateway, simulator: Simulator
 ) -> None:
+    simulator.faults(load_ms=60_000)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(gateway.post, "/admin/models/load", {"modelKey": SLOW})
         eventually(lambda: [one for one in simulator.state()["loads"] if one["progress"] > 0])
-        simulator.faults(drop_sockets=True)
-        response = slow.result(20)
+        simulator.faults(drop_sockets=True, load_ms=0)
+        response = slow.result(30)
     assert response.status_code == 503
     assert response.json()["error"]
     assert gateway.post("/admin/models/load", {"modelKey": SMALL}).status_code == 200
 
 
-def test_silence_after_the_upgrade_is_503_within_its_deadline(
+def test_silence_after_the_upgrade_is_503_and_disturbs_nothing_else(
     launch: Launch, simulator: Simulator
 ) -> None:
     gateway = launch(WEB_CONCURRENCY=1, SDK_MAX_ATTEMPTS=2, SDK_RETRY_DELAY=10)
     simulator.faults(silent_after_upgrade=True)
     before = simulator.state()["sockets"]
     with ThreadPoolExecutor(1) as pool:
-        begun = time.monotonic()
         waiting = pool.submit(listing, gateway)
         eventually(lambda: simulator.state()["sockets"] != before)
-        asked = time.monotonic()
         assert gateway.get("/health").json()["status"] == "ok"
-        assert time.monotonic() - asked < 1
         assert gateway.post("/v1/chat/completions", CHAT).status_code == 200
+        # it gives up after two attempts of 5 s; the other requests did not wait for that
         assert not waiting.done()
-        assert waiting.result(30).status_code == 503
-        assert time.monotonic() - begun < 15  # two attempts of 5 s
-    eventually(lambda: simulator.state()["sockets"] == before, 5)  # none is left behind
+        assert waiting.result(60).status_code == 503
+    eventually_equal(lambda: simulator.state()["sockets"], before)  # none is left behind
     simulator.faults(silent_after_upgrade=False)
     assert gateway.get("/admin/models").status_code == 200
 
@@ -154,23 +177,19 @@ def test_silence_after_the_upgrade_is_503_within_its_deadline(
 def test_a_call_without_a_reply_is_504(gateway: Gateway, simulator: Simulator) -> None:
     assert gateway.get("/admin/models").status_code == 200
     simulator.faults(silent_rpc=True)
-    begun = time.monotonic()
     response = gateway.get("/admin/models")
     assert response.status_code == 504
     assert response.json()["error"] == "LM Studio did not answer in time."
-    assert time.monotonic() - begun < 15
     simulator.faults(silent_rpc=False)
     assert gateway.get("/admin/models").status_code == 200
 
 
-def test_health_answers_at_once_when_lm_studio_hangs(
+def test_health_does_not_wait_for_an_lm_studio_that_hangs(
     gateway: Gateway, simulator: Simulator
 ) -> None:
     simulator.faults(silent_http=True)
     for _ in range(3):
-        begun = time.monotonic()
-        health = gateway.get("/health").json()
-        assert time.monotonic() - begun < 1
+        health = gateway.get("/health", timeout=10).json()
         assert (health["status"], health["lmstudio"]["connected"]) == ("degraded", False)
         assert health["lmstudio"]["error"]
 
@@ -188,10 +207,14 @@ def test_ten_first_requests_share_one_connection_per_namespace(
 
 
 def test_ten_requests_to_a_dead_lm_studio_share_the_attempts(launch: Launch) -> None:
-    gateway = launch(f"http://127.0.0.1:{free_port()}", WEB_CONCURRENCY=1, SDK_RETRY_DELAY=500)
-    begun = time.monotonic()
-    assert statuses(gateway, 10) == [503] * 10
-    assert time.monotonic() - begun < 5
+    with closing(ClosingLMStudio()) as dead:
+        # all ten requests arrive during the two pauses between the attempts
+        gateway = launch(dead.url, WEB_CONCURRENCY=1, SDK_RETRY_DELAY=2000)
+        assert statuses(gateway, 1) == [503]
+        of_one = dead.connections
+        assert of_one >= 3
+        assert statuses(gateway, 10) == [503] * 10
+        assert dead.connections == 2 * of_one
 
 
 def test_inference_goes_on_while_a_large_model_loads(launch: Launch, simulator: Simulator) -> None:
@@ -204,12 +227,13 @@ def test_inference_goes_on_while_a_large_model_loads(launch: Launch, simulator: 
             f"{gateway.url}/v1/chat/completions", json=body, timeout=30
         ).status_code
 
+    simulator.faults(load_ms=10_000)
     with ThreadPoolExecutor(9) as pool:
         load = pool.submit(gateway.post, "/admin/models/load", {"modelKey": SLOW})
         eventually(lambda: [one for one in simulator.state()["loads"] if one["progress"] > 0])
         assert list(pool.map(chat, range(50))) == [200] * 50
         assert not load.done()
-        assert load.result(30).status_code == 200
+        assert load.result(60).status_code == 200
 
 
 def test_two_loads_run_at_the_same_time(launch: Launch, simulator: Simulator) -> None:
@@ -221,4 +245,4 @@ def test_two_loads_run_at_the_same_time(launch: Launch, simulator: Simulator) ->
         quick = requests.post(f"{gateway.url}/admin/models/load", json=body, timeout=30)
         assert quick.status_code == 200
         assert not slow.done()
-        assert slow.result(30).status_code == 200
+        assert slow.result(60).status_code == 200

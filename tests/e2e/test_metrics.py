@@ -18,7 +18,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import EventReader
-from tests.processes import Gateway, Simulator, eventually
+from tests.processes import Gateway, Simulator, eventually, eventually_equal
 
 MODEL = "qwen2-1.5b-instruct"
 CHAT = "/v1/chat/completions"
@@ -51,6 +51,19 @@ def value(samples: Samples, name: str, **labels: str) -> float:
     )
 
 
+def all_ended(gateway: Gateway) -> Samples:
+    """The samples once every exchange has ended, just after its client has read the last byte."""
+
+    def ended() -> Samples | None:
+        samples = scrape(gateway)
+        started = value(samples, "requests_started_total")
+        timed = value(samples, "gen_ai_server_request_duration_seconds_count")
+        return samples if started == timed else None
+
+    samples: Samples = eventually(ended)
+    return samples
+
+
 def chat(stream: bool = False, count: int = 3) -> dict[str, Any]:
     messages = [{"role": "user", "content": f"count to {count}"}]
     return {"model": MODEL, "messages": messages, "stream": stream}
@@ -78,6 +91,28 @@ def metered(shared_metered: Gateway, simulator: Simulator) -> Gateway:
     return shared_metered
 
 
+#: The growth of each counter in the test below.
+_GROWTH: list[tuple[str, dict[str, str], int]] = [
+    ("requests_started_total", {}, 49),
+    ("requests_total", {}, 49),
+    ("requests_total", {"endpoint": CHAT, "method": "POST", "status": "200"}, 35),
+    ("requests_total", {"endpoint": CHAT, "method": "POST", "status": "500"}, 4),
+    ("requests_total", {"endpoint": "/v1/embeddings", "status": "400"}, 3),
+    ("requests_total", {"endpoint": "/v1/models", "method": "GET", "status": "200"}, 5),
+    ("requests_total", {"endpoint": "other", "method": "GET", "status": "404"}, 2),
+    ("request_errors_total", {}, 9),
+    ("gen_ai_server_request_duration_seconds_count", {}, 49),
+    ("gen_ai_server_time_to_first_token_seconds_count", {}, 15),
+    ("requests_with_tokens_total", {}, 35),
+    ("tokens_total", {"type": "output"}, 35 * 3),
+    ("tokens_total", {"type": "input"}, 35 * 3),  # "count to 3" is three words
+    ("cancellations_total", {}, 0),
+    # malformed JSON never reaches LM Studio
+    ("upstream_seconds_count", {}, 46),
+    ("overhead_seconds_count", {}, 46),
+]
+
+
 def test_the_counters_match_the_requests(metered: Gateway) -> None:
     fault = {"headers": {"X-Simulator-Fault": "refuse-500"}}
     load: list[tuple[str, str, dict[str, Any]]] = [
@@ -94,27 +129,16 @@ def test_the_counters_match_the_requests(metered: Gateway) -> None:
         statuses = list(pool.map(lambda one: send(metered, one[0], one[1], **one[2]), load))
     assert [statuses.count(status) for status in (500, 400, 404)] == [4, 3, 2]
 
-    def grown(name: str, **labels: str) -> float:
-        return value(after, name, **labels) - value(before, name, **labels)
+    def growth() -> list[tuple[str, dict[str, str], int]]:
+        after = scrape(metered)
+        return [
+            (name, labels, int(value(after, name, **labels) - value(before, name, **labels)))
+            for name, labels, _ in _GROWTH
+        ]
 
     # an exchange ends just after its client has read the last byte
-    eventually(lambda: value(scrape(metered), "requests_in_flight") == 0, 20)
-    after = scrape(metered)
-    assert grown("requests_started_total") == grown("requests_total") == 49
-    assert grown("requests_total", endpoint=CHAT, method="POST", status="200") == 35
-    assert grown("requests_total", endpoint=CHAT, method="POST", status="500") == 4
-    assert grown("requests_total", endpoint="/v1/embeddings", status="400") == 3
-    assert grown("requests_total", endpoint="/v1/models", method="GET", status="200") == 5
-    assert grown("requests_total", endpoint="other", method="GET", status="404") == 2
-    assert grown("request_errors_total") == 9
-    assert grown("gen_ai_server_request_duration_seconds_count") == 49
-    assert grown("gen_ai_server_time_to_first_token_seconds_count") == 15
-    assert grown("requests_with_tokens_total") == 35
-    assert grown("tokens_total", type="output") == 35 * 3
-    assert grown("tokens_total", type="input") == 35 * 3  # "count to 3" is three words
-    assert grown("cancellations_total") == 0
-    # malformed JSON never reaches LM Studio
-    assert grown("upstream_seconds_count") == grown("overhead_seconds_count") == 46
+    eventually_equal(growth, _GROWTH)
+    assert value(scrape(metered), "requests_in_flight") == 0
 
 
 def test_loads_rejections_and_the_upstream_are_measured(
@@ -142,7 +166,7 @@ def test_loads_rejections_and_the_upstream_are_measured(
 
 def test_gauges_show_requests_in_flight_and_readers(metered: Gateway, listen: Listen) -> None:
     readers = [listen(metered, **KEYED) for _ in range(3)]
-    eventually(lambda: value(scrape(metered), "event_subscribers") == 3, 20)
+    eventually_equal(lambda: value(scrape(metered), "event_subscribers"), 3)
     before = value(scrape(metered), "cancellations_total")
     pace = {**KEYED, "X-Simulator-Pace-Ms": "200"}
     body = chat(stream=True, count=9999)
@@ -150,22 +174,24 @@ def test_gauges_show_requests_in_flight_and_readers(metered: Gateway, listen: Li
         requests.post(metered.url + CHAT, json=body, headers=pace, stream=True, timeout=30)
         for _ in range(6)
     ]
-    assert value(scrape(metered), "requests_in_flight") == 6
+    eventually_equal(lambda: value(scrape(metered), "requests_in_flight"), 6)
     for one in running:
         one.close()
-    eventually(lambda: value(scrape(metered), "requests_in_flight") == 0, 20)
-    after = scrape(metered)
+    eventually_equal(lambda: value(scrape(metered), "requests_in_flight"), 0)
+    after = all_ended(metered)
     assert value(after, "cancellations_total") - before == 6
     assert value(after, "requests_total", status="499") >= 6
     for reader in readers:
         reader.close()
-    eventually(lambda: value(scrape(metered), "event_subscribers") == 0, 20)
+    eventually_equal(lambda: value(scrape(metered), "event_subscribers"), 0)
 
 
 def test_killing_a_worker_loses_no_counts(launch: Launch) -> None:
     gateway = launch(GATEWAY_API_KEY=KEY)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: send(gateway, "POST", CHAT, json=chat()), range(24)))
+    # every exchange has been counted to its end: tokens come last
+    eventually_equal(lambda: value(scrape(gateway), "tokens_total", type="output"), 24 * 3)
     pace = {**KEYED, "X-Simulator-Pace-Ms": "200"}
     body = chat(stream=True, count=9999)
     running = [
@@ -179,11 +205,11 @@ def test_killing_a_worker_loses_no_counts(launch: Launch) -> None:
         one.close()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: send(gateway, "POST", CHAT, json=chat()), range(10)))
-    eventually(lambda: value(scrape(gateway), "requests_in_flight") == 0, 20)
+    eventually_equal(lambda: value(scrape(gateway), "tokens_total", type="output"), 34 * 3)
     samples = scrape(gateway)
+    assert value(samples, "requests_in_flight") == 0
     assert value(samples, "requests_started_total") == 24 + 6 + 10
     assert value(samples, "requests_total", status="200") == 34
-    assert value(samples, "tokens_total", type="output") == 34 * 3
     metrics = requests.get(f"{gateway.url}/debug/metrics", headers=KEYED, timeout=30).json()
     assert metrics["performance"]["totalRequests"] == 40
     assert metrics["performance"]["totalErrors"] == 6
@@ -226,9 +252,9 @@ def test_odd_requests_create_no_new_series(metered: Gateway) -> None:
     before = value(scrape(metered), "requests_total")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(send_odd, range(16)))
-        settled = scrape(metered)
+        settled = all_ended(metered)
         list(pool.map(send_odd, range(16, 200)))
-    after = scrape(metered)
+    after = all_ended(metered)
     assert value(after, "requests_total") - before >= 140
     assert after.keys() == settled.keys()
     endpoints = {dict(labels).get("endpoint") for _, labels in after}
@@ -250,7 +276,6 @@ def test_counter_files_are_removed_at_shutdown_and_those_of_dead_gateways_at_the
     os.killpg(killed, signal.SIGKILL)
     gateway.process.wait(20)
     assert metric_folders(killed) == [folder]
-    gateway.log.unlink()
     gateway.start()
     assert not metric_folders(killed)
     pid = gateway.process.pid
@@ -271,7 +296,6 @@ def test_counters_start_at_zero_with_the_gateway(launch: Launch, state_url: str)
         with redis.Redis.from_url(state_url) as client:
             eventually(lambda: b'"requests": 1.0' in shared_counters(client), 20)
     gateway.stop()
-    gateway.log.unlink()
     gateway.start()
     assert value(scrape(gateway), "requests_total") == 0
     performance = json.loads(gateway.get("/debug/metrics", headers=KEYED).text)["performance"]

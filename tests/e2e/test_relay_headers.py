@@ -69,6 +69,7 @@ def test_lmstudios_hop_by_hop_headers_are_dropped_and_the_others_relayed(
         b"Content-Type: text/x-odd; charset=ascii\r\nETag: W/\"1\"\r\n\r\nok"
     )  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
         gateway = launch(f"http://127.0.0.1:{listener.getsockname()[1]}", WEB_CONCURRENCY=1)
         with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
             client.sendall(b"GET /v1/odd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -27,7 +27,7 @@ CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 COMMENT = b": keep-alive\n\n"
 #: Seconds of silence after which a stream gets a comment.
 LONG = 10.0
-LATE = {"Prefill-Ms": "11000"}
+LATE = {"Prefill-Ms": "13000"}
 
 CASES: dict[str, tuple[str, dict[str, str]]] = {
     "silence": (CHAT, {"Fault": "silent-stream"}),
@@ -154,9 +154,9 @@ def test_a_silent_stream_gets_a_comment_every_ten_seconds(
     response = observed[case]
     assert response.body == sent[case] + COMMENT * 2
     comments = [when for when, piece in response.pieces if piece == COMMENT]
-    silent_since = response.pieces[-3][0]
+    # counted from the request, because the tokens before the silence arrive at once
     for number, when in enumerate(comments, 1):
-        assert LONG * number - 0.1 <= when - silent_since <= LONG * number + 3
+        assert LONG * number - 0.1 <= when <= LONG * number + 5
 
 
 def test_a_stream_without_silences_gets_no_comment(
