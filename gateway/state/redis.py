@@ -308,7 +308,8 @@ class RedisStore:
         try:
             return work()
         except redis.RedisError as error:
-            reason = str(error).rstrip(".")
+            # Redis repeats the arguments of an unknown command: before version 6, the password
+            reason = str(error).partition(", with args")[0].rstrip(".")
             raise StoreError(f"The shared state in Redis is unavailable: {reason}.") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socketserver
 import sqlite3
 import stat
 import threading
@@ -186,6 +187,25 @@ def test_a_redis_url_with_a_wrong_option_is_an_error_without_the_password(url: s
     assert "hunter2" not in str(caught.value)
     with pytest.raises(StoreError, match="STATE_URL"):
         open_store(url, "")
+
+
+def test_an_error_of_redis_never_contains_the_password() -> None:
+    """Redis before version 6 does not know HELLO, and repeats the arguments of what it rejects."""
+    answer = b"-ERR unknown command `HELLO`, with args beginning with: `3`, `AUTH`, `hunter2`,\r\n"
+
+    class Reject(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while b"hunter2" in self.request.recv(65536):
+                self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Reject) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"redis://:hunter2@127.0.0.1:{server.server_address[1]}/0"
+        with closing(open_store(url, "")) as store:
+            with pytest.raises(StoreError, match="unknown command") as caught:
+                store.ping()
+            assert "hunter2" not in caught.value.message
+        server.shutdown()
 
 
 def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
