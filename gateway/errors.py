@@ -101,6 +101,10 @@ class BodyTooLarge(GatewayError):
     status, code = 413, "body_too_large"
 
 
+class UnsupportedMediaType(GatewayError):
+    status, code = 415, "unsupported_media_type"
+
+
 class BadGateway(GatewayError):
     status, code = 502, "bad_gateway"
 

@@ -17,7 +17,7 @@ def request(
 ) -> bytes:
     """The bytes of a request, whose connection closes after the response."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    lines = [f"{method} {path} HTTP/1.1", "Host: gateway", "Connection: close"]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
     if content is not None:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     lines += [f"X-Simulator-{name}: {value}" for name, value in (simulate or {}).items()]

@@ -9,12 +9,15 @@ from flask import Flask
 
 from gateway.errors import GatewayError
 from gateway.lmstudio import Link, Upstream
-from gateway.settings import Settings
+from gateway.settings import Settings, warnings
 from gateway.state import open_store
 
 
 def run(settings: Settings) -> int:
-    """Check each part in turn and print a line for it; returns the exit status."""
+    """Check each part in turn and print a line for it, then the warnings.
+
+    Returns the exit status.
+    """
     parts: list[tuple[str, Callable[[], str]]] = [
         ("settings", _settings),
         ("state", lambda: _state(settings)),
@@ -28,6 +31,8 @@ def run(settings: Settings) -> int:
         except GatewayError as error:
             failed = True
             print(f"FAIL  {name}: {error.message}")
+    for warning in warnings():
+        print(f"warn  {warning}")
     return 1 if failed else 0
 
 

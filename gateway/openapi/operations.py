@@ -19,11 +19,20 @@ DIALECTS = {"admin": "AdminError", "openai": "OpenAIError", "anthropic": "Anthro
 ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
     400: ("The request is invalid.", ()),
     401: ("The key is missing or wrong.", ("WWW-Authenticate",)),
-    403: ("The address is not on the allowlist, or the key is not an admin key.", ()),
+    403: (
+        "The address is not on the allowlist (`ip_not_allowed`), the key is not an admin key"
+        " (`admin_key_required`), or, where no key is required, the request comes from a web page"
+        " of another origin (`origin_not_allowed`) or names a foreign host (`host_not_allowed`).",
+        (),
+    ),
     404: ("The path, the model or the instance does not exist.", ()),
     408: ("The request body did not arrive in time.", ()),
     409: ("The request conflicts with the current state; do not retry it.", ("x-should-retry",)),
     413: ("The request body is larger than `MAX_BODY_BYTES`.", ()),
+    415: (
+        "The body is not `application/json`, where no key is required (`unsupported_media_type`).",
+        (),
+    ),
     502: ("LM Studio rejected the request or closed the connection.", ()),
     503: ("LM Studio or the shared state is unavailable, or overloaded.", ("Retry-After",)),
     504: ("LM Studio did not respond in time.", ()),
@@ -134,7 +143,7 @@ def paths() -> Json:
     found["/health/ready"]["get"]["responses"]["503"] = not_ready | {"content": json_of("Ready")}
     for verb, (summary, content, errors) in _MODEL_OPERATIONS.items():
         path = f"/admin/models/{verb}"
-        operation = _operation("post", path, summary, content, (*_BODY_ERRORS, *errors))
+        operation = _operation("post", path, summary, content, (*_BODY_ERRORS, 415, *errors))
         body = {"required": verb != "deactivate", "content": json_of(verb.capitalize())}
         found[path] = {"post": operation | {"requestBody": body}}
     for path, summary in _INFERENCE.items():

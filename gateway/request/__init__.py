@@ -1,9 +1,9 @@
 """Who asks for what: reads and checks the WSGI environ of a request before anything is done.
 
-:mod:`.access` decides who is admitted and is the file to read first; :mod:`.target` works out where
-a request goes in LM Studio, :mod:`.bodies` reads its body within limits, :mod:`.headers` chooses
-the headers to forward in both directions, and :mod:`.cancellation` notices that the client has
-disconnected.
+:mod:`.access` decides who is admitted and is the file to read first, with :mod:`.origins` for web
+pages; :mod:`.target` works out where a request goes in LM Studio, :mod:`.bodies` reads its body
+within limits, :mod:`.headers` chooses the headers to forward in both directions, and
+:mod:`.cancellation` notices that the client has disconnected.
 
 This package must not know about Flask, about LM Studio's protocols or about the shared state.
 """

@@ -1,5 +1,6 @@
 """Who is admitted: request id, allowlist, preflight, key and role, in that order.
 
+Where no key is required, the request must not be one that a web page of another origin sends.
 Everything here works on the WSGI environ, so that the same code guards every route.
 """
 
@@ -12,11 +13,13 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import lru_cache
 from typing import Any
 
-from gateway.errors import Forbidden, Headers, Unauthorized
-from gateway.settings import AddressSet, Key, Settings
+from gateway.errors import Forbidden, Headers, Unauthorized, UnsupportedMediaType
+from gateway.request.origins import AllowedOrigins, is_cross_site, is_loopback_host, is_own
+from gateway.settings import AddressSet, Key, Settings, is_loopback
 
 Environ = dict[str, Any]
 
@@ -39,6 +42,25 @@ DASHBOARD_PATHS = ("/debug", "/debug/")
 HEALTH_PATHS = ("/health", "/health/", "/health/ready")
 #: Paths other than inference that any key opens. They need a key even if only admin keys are set.
 _ANY_KEY_PATHS = (*HEALTH_PATHS, "/openapi.json", "/openapi.json/")
+_FOREIGN_ORIGIN = (
+    "No key is required here, so requests from web pages of other origins are rejected."
+    " Add the origin to CORS_ORIGINS, or set GATEWAY_API_KEY."
+)
+_FOREIGN_HOST = (
+    "No key is required here, so the Host header must name this machine, such as localhost or"
+    " 127.0.0.1. Set GATEWAY_API_KEY, or TRUSTED_PROXIES if a proxy sent this request."
+)
+
+
+class _Role(Enum):
+    """The key that a request needs."""
+
+    #: None, whatever the settings; a key is not looked at.
+    PUBLIC = auto()
+    #: None with these settings; the name of a key is recorded all the same.
+    NONE = auto()
+    ANY = auto()
+    ADMIN = auto()
 
 
 @dataclass(frozen=True)
@@ -61,9 +83,15 @@ class Access:
         ]
         self._roles = bool(settings.gateway_admin_key)
         self._open = not settings.gateway_api_key
+        self._origins = AllowedOrigins(settings.cors_origins)
+        host = settings.gateway_host
+        # A gateway whose inference needs a key answers its public paths under any name: they
+        # reveal nothing, and a proxy that is not trusted may ask for /health.
+        self._checks_host = self._open and is_loopback(host) and not host.startswith("unix:")
 
     def admit(self, environ: Environ) -> bool:
-        """Admit the request, or raise Forbidden (403) or Unauthorized (401).
+        """Admit the request, or raise Forbidden (403), Unauthorized (401) or, for an admin body
+        that is not JSON where no key is required, UnsupportedMediaType (415).
 
         Puts the request id and the name of the client's key into the environ. Returns whether the
         request is a CORS preflight, which needs no key and no further handling.
@@ -71,9 +99,15 @@ class Access:
         request_id_of(environ)
         if not self._settings.ip_allowlist.everybody:
             self._check_address(environ)
+        role = self._required(environ)
+        needs_no_key = role is _Role.PUBLIC or role is _Role.NONE
+        if needs_no_key:
+            self._check_page(environ)
         if self.is_preflight(environ):
             return True
-        environ[CLIENT] = self._check_key(environ)
+        environ[CLIENT] = self._check_key(environ, role)
+        if needs_no_key:
+            _check_admin_body(environ)
         return False
 
     def is_preflight(self, environ: Environ) -> bool:
@@ -81,15 +115,15 @@ class Access:
         return (
             environ["REQUEST_METHOD"] == "OPTIONS"
             and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
-            and environ.get("HTTP_ORIGIN") in self._settings.cors_origins
+            and environ.get("HTTP_ORIGIN") in self._origins
         )
 
     def cors_headers(self, environ: Environ) -> Headers:
         """The CORS headers of any response; empty if ``CORS_ORIGINS`` is."""
-        if not self._settings.cors_origins:
+        if not self._origins:
             return []
         origin = environ.get("HTTP_ORIGIN")
-        if origin not in self._settings.cors_origins:
+        if origin is None or origin not in self._origins:
             return [("Vary", "Origin")]
         headers = [
             ("Access-Control-Allow-Origin", origin),
@@ -131,20 +165,50 @@ class Access:
         if not _within(peer, self._settings.ip_allowlist):
             raise Forbidden("Your address is not on the allowlist.", code="ip_not_allowed")
 
-    def _check_key(self, environ: Environ) -> str:
+    def _check_page(self, environ: Environ) -> None:
+        """Reject what a web page of another origin sends where no key is required."""
+        host = environ.get("HTTP_HOST", "")
+        origin = environ.get("HTTP_ORIGIN")
+        if origin is not None:
+            if origin not in self._origins and not is_own(origin, host, self._scheme(environ)):
+                raise Forbidden(_FOREIGN_ORIGIN, code="origin_not_allowed")
+        elif is_cross_site(environ):
+            raise Forbidden(_FOREIGN_ORIGIN, code="origin_not_allowed")
+        # every browser sends a Host
+        foreign = self._checks_host and host and not is_loopback_host(host)
+        if foreign and not self.trusts_peer(environ):
+            raise Forbidden(_FOREIGN_HOST, code="host_not_allowed")
+
+    def _scheme(self, environ: Environ) -> str:
+        """The scheme of the URL that the client requested, as a trusted proxy reports it."""
+        forwarded = environ.get("HTTP_X_FORWARDED_PROTO")
+        if forwarded and self.trusts_peer(environ):
+            return str(forwarded).partition(",")[0].strip().lower()
+        return str(environ.get("wsgi.url_scheme", "http"))
+
+    def _required(self, environ: Environ) -> _Role:
+        """The key that the request needs."""
         path = environ["PATH_INFO"]
         if path in HEALTH_PATHS and not self._settings.require_auth_for_health:
-            return ""
+            return _Role.PUBLIC
         if path in DASHBOARD_PATHS and environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            return _Role.PUBLIC
+        if self._roles and is_admin_path(path):
+            return _Role.ADMIN
+        if self._open and not (self._roles and path in _ANY_KEY_PATHS):
+            return _Role.NONE
+        return _Role.ANY
+
+    def _check_key(self, environ: Environ, role: _Role) -> str:
+        """The name of the request's key; empty if there is none and none is required."""
+        if role is _Role.PUBLIC:
             return ""
-        needs_admin = self._roles and is_admin_path(path)
-        if self._open and not needs_admin and not (self._roles and path in _ANY_KEY_PATHS):
-            key = self._find(environ) if self._digests else None
+        key = self._find(environ) if self._digests else None
+        if role is _Role.NONE:
             return key.name if key else ""
-        key = self._find(environ)
         if key is None:
             raise Unauthorized("Missing or incorrect API key.")
-        if needs_admin and not key.admin:
+        if role is _Role.ADMIN and not key.admin:
             raise Forbidden("This path needs an admin key.", code="admin_key_required")
         return key.name
 
@@ -192,6 +256,22 @@ def _presented(environ: Environ) -> Iterable[str]:
         yield credentials.strip()
     if environ.get("HTTP_X_API_KEY"):
         yield environ["HTTP_X_API_KEY"].strip()
+
+
+def _check_admin_body(environ: Environ) -> None:
+    """Reject a body of ``/admin`` that is not declared as JSON.
+
+    A form of any web page can send the other types without a preflight.
+    """
+    path = "/" + environ["PATH_INFO"].lstrip("/")
+    if path != "/admin" and not path.startswith("/admin/"):
+        return
+    has_body = environ.get("CONTENT_LENGTH", "") not in ("", "0")
+    if not has_body and "HTTP_TRANSFER_ENCODING" not in environ:
+        return
+    media_type = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaType("The body must be application/json; set Content-Type.")
 
 
 def is_admin_path(path: str) -> bool:

@@ -20,8 +20,8 @@ from gevent.event import Event
 from gevent.pool import Pool
 
 from gateway.serving import logs
-from gateway.settings import Settings, SettingsError, load, read_environment
-from gateway.state import open_sqlite, sqlite_path
+from gateway.settings import Settings, SettingsError, load, read_environment, warnings
+from gateway.state import check_redis, open_sqlite, sqlite_path
 
 #: Client connections of one worker; each may be a stream.
 WORKER_CONNECTIONS = 4096
@@ -31,6 +31,9 @@ GRACEFUL_TIMEOUT = 30
 MAX_WORKERS = 4
 #: Connections that the kernel queues until a worker accepts them.
 BACKLOG = 2048
+
+#: The mode of the Unix socket: a proxy connects as a member of the gateway's group.
+SOCKET_MODE = 0o660
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "timeout": 60,
         # the SDK's client and gevent's hub must be created in the worker, after the fork
         "preload_app": False,
+        # of the Unix socket and of gunicorn's own files; see SOCKET_MODE
+        "umask": 0o777 & ~SOCKET_MODE,
         "proc_name": "lmstudio-gateway",
         "accesslog": None,
         "logger_class": "gateway.serving.worker.Logger",
@@ -108,6 +113,10 @@ def check_state(url: str) -> None:
         if find_spec("redis") is None:
             extra = "pip install 'lmstudio-gateway[redis]'"
             raise SettingsError([f"STATE_URL: needs the Redis client ({extra})"])
+        try:
+            check_redis(url)
+        except ValueError as fault:
+            raise SettingsError([f"STATE_URL: {fault} (example: redis://host:6379/0)"]) from None
         return
     try:
         open_sqlite(path).close()
@@ -158,6 +167,8 @@ def serve_gevent(settings: Settings) -> None:
     from gateway.serving.connection import Server, drain
 
     logging.config.dictConfig(logs.configuration(settings.log_level, settings.log_format))
+    for warning in warnings():
+        logger.warning("%s", warning)
     app = create_app(settings)
     parts = app.extensions["gateway"]
     pool = Pool(WORKER_CONNECTIONS)
@@ -189,7 +200,9 @@ def _listener(settings: Settings) -> Any:
         if host.startswith("unix:"):
             _unlink_socket(settings)
             listener = socket.socket(socket.AF_UNIX)
-            listener.bind(host.removeprefix("unix:"))
+            path = host.removeprefix("unix:")
+            listener.bind(path)
+            os.chmod(path, SOCKET_MODE)  # nobody can connect yet, whatever the umask
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.socket(family)

@@ -16,6 +16,7 @@ from gunicorn import glogging
 from gunicorn.workers.ggevent import GeventWorker
 
 from gateway.serving.connection import Server, drain
+from gateway.settings import warnings
 
 #: prometheus-client's environment variable for its multiprocess mode.
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -63,11 +64,14 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 
 def on_starting(server: Any) -> None:
-    """Create the directory of the metrics' counter files, and import what the workers need.
+    """Log warnings about the settings, create the directory of the metrics' counter files, and
+    import what the workers need.
 
     Directories of masters that died without cleaning up are removed. The workers share the memory
     of what is imported here.
     """
+    for warning in warnings():
+        server.log.warning("%s", warning)
     root = Path(tempfile.gettempdir())
     for stale in root.glob(f"{_METRICS_PREFIX}*"):
         pid = stale.name.removeprefix(_METRICS_PREFIX).partition("-")[0]

@@ -13,6 +13,7 @@ from gateway.settings.loading import (
     load,
     read_env_file,
     read_environment,
+    warnings,
 )
 from gateway.settings.parsers import AddressSet, Key, parse_keys
 from gateway.settings.table import TABLE, Setting, Settings
@@ -29,4 +30,5 @@ __all__ = [
     "parse_keys",
     "read_env_file",
     "read_environment",
+    "warnings",
 ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import stat
 from collections.abc import Mapping
 from typing import Any
 
 from dotenv import dotenv_values
 
+from gateway.settings.parsers import is_any_site
 from gateway.settings.table import TABLE, Settings
 
 #: Keys from examples and tutorials, which protect nothing on a reachable address.
@@ -73,6 +75,19 @@ def read_env_file() -> dict[str, str]:
         raise SettingsError([".env: can't be read, or is not UTF-8 text"]) from None
 
 
+def warnings() -> list[str]:
+    """What is unwise about the settings but does not stop the start, one line each."""
+    found: list[str] = []
+    if os.name == "posix":
+        try:
+            mode = os.stat(".env").st_mode
+        except OSError:
+            return found
+        if mode & (stat.S_IROTH | stat.S_IWOTH):
+            found.append(".env: other users of this machine can read or change it (chmod 600 .env)")
+    return found
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``; the only name that counts is ``localhost``."""
     if host.startswith("unix:") or host == "localhost":
@@ -85,9 +100,14 @@ def is_loopback(host: str) -> bool:
 
 def _safety_problems(settings: Settings) -> list[str]:
     """The reasons why it is unsafe to start with these settings, although each is valid."""
-    if is_loopback(settings.gateway_host):
-        return []
     problems = []
+    if not settings.gateway_api_key and any(map(is_any_site, settings.cors_origins)):
+        problems.append(
+            "CORS_ORIGINS: with * every web page could use the gateway, which needs no key; set"
+            f" GATEWAY_API_KEY or name the origins (example: {_example('CORS_ORIGINS')})"
+        )
+    if is_loopback(settings.gateway_host):
+        return problems
     keys = (
         ("GATEWAY_API_KEY", settings.gateway_api_key),
         ("GATEWAY_ADMIN_KEY", settings.gateway_admin_key),

@@ -10,11 +10,13 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+#: What follows ``://`` in an origin.
+_AUTHORITY = re.compile(r"(?:(?![/?#\\])[\x21-\x7e])*")
 _API_TOKEN = re.compile(r"sk-lm-[A-Za-z0-9]{8}:[A-Za-z0-9]{20}")
 
 
@@ -44,12 +46,7 @@ def base_url(text: str) -> str:
         raise ValueError("must not contain user:password@; use LMSTUDIO_API_TOKEN")
     if not parts.hostname:
         raise ValueError("has no host name")
-    try:
-        port = parts.port
-    except ValueError:
-        raise ValueError("has a bad port") from None
-    if port == 0:
-        raise ValueError("has a bad port")
+    _check_port(parts)
     if parts.query or parts.fragment or parts.path.rstrip("/") not in ("", "/v1"):
         raise ValueError("must be the root of the server, without a path or query")
     if re.search(r"[\s\x00-\x1f]", text):
@@ -142,13 +139,49 @@ def addresses(*words: str) -> Callable[[str], AddressSet]:
 
 
 def origins(text: str) -> frozenset[str]:
-    origins = _items(text)
-    for origin in origins:
-        parts = _split(origin)
-        exact = origin == f"{parts.scheme}://{parts.netloc}" and "@" not in origin
-        if parts.scheme not in ("http", "https") or not parts.hostname or not exact:
-            raise ValueError(f"{origin!r} is not an origin (scheme://host[:port] without a path)")
-    return frozenset(origins)
+    """Origins as browsers send them, with ``*`` for a part that changes (``vscode-webview://*``);
+    ``*`` alone stands for all."""
+    return frozenset(_origin(item) for item in _items(text))
+
+
+def is_any_site(origin: str) -> bool:
+    """Whether an item of ``CORS_ORIGINS`` lets in web pages from every host."""
+    return origin == "*" or re.fullmatch(r"https?://\*(:.*)?", origin) is not None
+
+
+def _origin(text: str) -> str:
+    """An item of ``CORS_ORIGINS``, in the form in which browsers write it."""
+    if text in ("*", "null"):
+        return text
+    if "@" in text:
+        raise ValueError("an origin has no user:password@")
+    scheme, _, authority = text.partition("://")
+    scheme = scheme.lower()
+    valid = re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) and _AUTHORITY.fullmatch(authority)
+    if not valid or not (authority or scheme == "file"):
+        raise ValueError(f"{text!r} is not an origin (scheme://host[:port] without a path)")
+    if scheme in ("http", "https"):
+        return f"{scheme}://{_web_host(text, scheme, authority.lower())}"
+    if authority.count("*") > 1:
+        raise ValueError(f"{text!r} is not an origin: it has more than one *")
+    return f"{scheme}://{authority}"
+
+
+def _web_host(text: str, scheme: str, authority: str) -> str:
+    """``host[:port]`` of an http or https origin, without the default port."""
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(?::([0-9]{1,5}|\*))?", authority)
+    port = found and found[2]
+    if found is None or (port and port != "*" and int(port) > 65535):
+        raise ValueError(f"{text!r} is not an origin (scheme://host[:port] without a path)")
+    name = found[1]
+    if name.count("*") > 1:
+        raise ValueError(f"{text!r} is not an origin: its host has more than one *")
+    if name != "*" and "*" in name.rpartition(".")[2]:
+        # 192.168.1.* would match 192.168.1.example.com, localhost* localhost.example.com
+        raise ValueError(f"{text!r} is not an origin: its host must not end with *")
+    if port == {"http": "80", "https": "443"}[scheme]:
+        port = None
+    return f"{name}:{port}" if port else name
 
 
 def state_url(text: str) -> str:
@@ -160,8 +193,38 @@ def state_url(text: str) -> str:
             raise ValueError("must be sqlite:/// followed by a file path")
         return text
     if parts.scheme in ("redis", "rediss", "unix"):
+        if not text.startswith(f"{parts.scheme}://"):
+            raise ValueError(f"must start with {parts.scheme}://")
+        _check_redis_url(parts)
         return text
     raise ValueError("must start with sqlite:/// or redis://")
+
+
+def _check_redis_url(parts: SplitResult) -> None:
+    """Reject what the Redis client would ignore, such as a database that is not a number."""
+    if parts.fragment:
+        raise ValueError("contains #; in a password it is written %23")
+    databases = [value for name, value in parse_qsl(parts.query) if name == "db"]
+    if parts.scheme == "unix":
+        if parts.netloc.rpartition("@")[2] or len(parts.path) < 2:
+            raise ValueError("must be unix:// followed by the path of Redis's socket")
+    else:
+        if not parts.hostname:
+            raise ValueError("has no host name")
+        _check_port(parts)
+        if parts.path not in ("", "/"):
+            databases.append(parts.path.removeprefix("/"))
+    if not all(re.fullmatch(r"[0-9]{1,9}", database) for database in databases):
+        raise ValueError("must have a number as its database, as in redis://host:6379/0")
+
+
+def _check_port(parts: SplitResult) -> None:
+    try:
+        port = parts.port
+    except ValueError:
+        raise ValueError("has a bad port") from None
+    if port == 0:
+        raise ValueError("has a bad port")
 
 
 def _split(text: str) -> SplitResult:

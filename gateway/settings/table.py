@@ -122,6 +122,10 @@ TABLE: tuple[Setting, ...] = (
         "where the active model and the events are kept",
     ),
     Setting(
-        "CORS_ORIGINS", "", parsers.origins, "https://chat.example.org", "origins of browser apps"
+        "CORS_ORIGINS",
+        "",
+        parsers.origins,
+        "https://chat.example.org,vscode-webview://*",
+        "origins of browser and desktop apps",
     ),
 )

@@ -7,7 +7,7 @@ it for the workers of one machine, :mod:`.redis` for several machines. :func:`op
 This package must not know about Flask, about HTTP or about LM Studio.
 """
 
-from gateway.state.opening import open_store, sqlite_path
+from gateway.state.opening import check_redis, open_store, sqlite_path
 from gateway.state.sqlite import open_sqlite
 from gateway.state.store import (
     MAX_EVENTS,
@@ -26,6 +26,7 @@ __all__ = [
     "SharedStore",
     "StoreError",
     "StoredEvent",
+    "check_redis",
     "merge",
     "open_sqlite",
     "open_store",

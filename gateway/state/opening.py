@@ -27,6 +27,14 @@ def open_store(url: str, instance_path: str) -> SharedStore:
         raise StoreError(f"cannot open {path}: {error}") from None
 
 
+def check_redis(url: str) -> None:
+    """Raise ValueError if a Redis store can't be opened with this URL. Does not connect."""
+    # an optional dependency
+    from gateway.state.redis import open_redis
+
+    open_redis(url).close()
+
+
 def sqlite_path(url: str, instance_path: str) -> Path | None:
     """The file that a ``STATE_URL`` names, or None if it does not name a SQLite store.
 

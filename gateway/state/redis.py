@@ -80,6 +80,23 @@ return lost
 """
 
 
+def open_redis(url: str) -> redis.Redis:
+    """A client for a URL, not connected yet.
+
+    Raises ValueError, without the URL in its message, if the URL is not valid or has an option that
+    the client does not know.
+    """
+    try:
+        client = redis.Redis.from_url(
+            url, socket_timeout=COMMAND_TIMEOUT, socket_connect_timeout=COMMAND_TIMEOUT
+        )
+        # the client reports an unknown option no earlier than here
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
+    except (ValueError, TypeError, redis.RedisError):
+        raise ValueError("is not a valid Redis URL, or has an unknown option") from None
+    return client
+
+
 class RedisStore:
     """A :class:`.store.SharedStore` for workers on any number of machines."""
 
@@ -87,11 +104,9 @@ class RedisStore:
 
     def __init__(self, url: str) -> None:
         try:
-            self._redis: Any = redis.Redis.from_url(
-                url, socket_timeout=COMMAND_TIMEOUT, socket_connect_timeout=COMMAND_TIMEOUT
-            )
-        except ValueError:
-            raise StoreError("STATE_URL is not a Redis URL") from None
+            self._redis: Any = open_redis(url)
+        except ValueError as error:
+            raise StoreError(f"STATE_URL: {error}") from None
         self.machine = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._worker = f"{self.machine}-{os.getpid()}-{secrets.token_hex(4)}"
         # one key for all workers of a gateway, which share a parent process
@@ -293,7 +308,8 @@ class RedisStore:
         try:
             return work()
         except redis.RedisError as error:
-            reason = str(error).rstrip(".")
+            # Redis repeats the arguments of an unknown command: before version 6, the password
+            reason = str(error).partition(", with args")[0].rstrip(".")
             raise StoreError(f"The shared state in Redis is unavailable: {reason}.") from None
 
 

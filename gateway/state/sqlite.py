@@ -17,7 +17,7 @@ import gevent
 from gevent.threadpool import ThreadPool
 
 from gateway.state.process import birth
-from gateway.state.shared_file import SharedFile
+from gateway.state.shared_file import PRIVATE, SharedFile, make_private
 from gateway.state.store import MAX_AGE_SECONDS, MAX_EVENTS, Active, Batch, StoredEvent, StoreError
 
 #: The clock by which events age, in seconds since boot: setting the time of day does not move it.
@@ -200,9 +200,17 @@ CREATE TABLE IF NOT EXISTS in_flight (
 def open_sqlite(path: Path) -> sqlite3.Connection:
     """Open the database of a SQLite store, creating it if needed.
 
-    Raises OSError or sqlite3.Error.
+    Only the gateway's own user may read the file: events name clients and models. Raises OSError
+    or sqlite3.Error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # SQLite gives the files beside it the mode of the database. One that exists is not opened here:
+    # closing it would drop the locks of this process's other connections.
+    if not path.exists():
+        with suppress(FileExistsError):  # another process was faster
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE))
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        make_private(path.with_name(path.name + suffix))
     database = sqlite3.connect(
         path, timeout=_LOCK_TIMEOUT, isolation_level=None, check_same_thread=False
     )

@@ -177,7 +177,7 @@ def test_above_info_no_lines_are_written(launch: Launch) -> None:
 
 def send_raw(gateway: Gateway, target: bytes, *headers: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", gateway.port), 20) as client:
-        head = [b"GET " + target + b" HTTP/1.1", b"Host: gateway", b"Connection: close"]
+        head = [b"GET " + target + b" HTTP/1.1", b"Host: localhost", b"Connection: close"]
         head += [b"Authorization: Bearer " + KEY.encode(), *headers]
         client.sendall(b"\r\n".join([*head, b"", b""]))
         received = b""

@@ -236,7 +236,10 @@ def test_an_invalid_body_is_400_with_the_path_of_each_problem(
 def test_a_body_that_is_not_json_is_400(gateway: Gateway, content: str) -> None:
     for path in ("load", "unload", "activate"):
         response = gateway.http.post(
-            f"{gateway.url}/admin/models/{path}", data=content.encode(), timeout=10
+            f"{gateway.url}/admin/models/{path}",
+            data=content.encode(),
+            headers={"Content-Type": "application/json"},
+            timeout=10,
         )
         assert response.status_code == 400, path
         assert set(response.json()) == {"error", "requestId"}

@@ -115,8 +115,8 @@ def start_and_disconnect(gateway: Gateway, simulator: Simulator, accept: str) ->
     simulator.faults(load_ms=ENDLESS)
     body = json.dumps({"modelKey": SLOW}).encode()
     head = (
-        f"POST /admin/models/load HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"POST /admin/models/load HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", gateway.port)) as client:
         client.sendall(head.encode() + body)

@@ -105,7 +105,11 @@ def chat(stream: bool, headers: dict[str, str], count: int = 5000) -> bytes:
         "stream": stream,
     }
     body = json.dumps(content).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        f"Content-Length: {len(body)}",
+    ]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
@@ -175,7 +179,7 @@ def test_a_client_that_pipelines_a_request_and_disconnects_ends_its_exchange(
     client = direct()
     client.sendall(chat(stream, headers))
     eventually(running(simulator))
-    client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: gateway\r\n\r\n")
+    client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
     read_until(client, seen)
     disconnected_at = time.time()
     client.close()
@@ -202,7 +206,7 @@ def test_a_client_that_disconnects_during_its_upload_ends_its_exchange(
 ) -> None:
     client = direct()
     client.sendall(
-        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: gateway\r\n"
+        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n"
         b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n--x\r\n"
     )
     eventually(running(simulator))

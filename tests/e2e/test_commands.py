@@ -89,6 +89,17 @@ def test_check_succeeds_when_everything_works(start: Start, simulator: Simulator
     assert "7 models" in lines[-1]
 
 
+def test_check_warns_of_a_dotenv_that_others_can_read(
+    start: Start, simulator: Simulator, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("GATEWAY_PORT=8002\n")
+    (tmp_path / ".env").chmod(0o644)
+    check = start([*CLI, "check"], cwd=tmp_path, LMSTUDIO_BASE_URL=simulator.url)
+    status, out, err = finish(check)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1].startswith("warn  .env: ")
+
+
 def test_check_names_what_fails(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     nowhere = {

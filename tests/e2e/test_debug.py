@@ -52,7 +52,7 @@ class Stream:
     def __init__(self, gateway: Gateway, request_id: str) -> None:
         self.request_id = request_id
         body = json.dumps(chat(stream=True, count=100_000)).encode()
-        lines = [f"POST {CHAT} HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
+        lines = [f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
         lines += [f"X-Request-Id: {request_id}", "X-Simulator-Pace-Ms: 100", "", ""]
         self.socket = socket.create_connection(("127.0.0.1", gateway.port), 30)
         self.port = self.socket.getsockname()[1]
@@ -158,7 +158,7 @@ def test_two_exchanges_with_the_same_request_id_are_kept_apart(
 def test_a_load_is_shown_while_it_is_in_flight(observed: Gateway, simulator: Simulator) -> None:
     simulator.faults(load_ms=60_000)
     body = json.dumps({"modelKey": BIG}).encode()
-    lines = ["POST /admin/models/load HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
+    lines = ["POST /admin/models/load HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
     lines += ["Content-Type: application/json", "", ""]
     with socket.create_connection(("127.0.0.1", observed.port), 30) as client:
         client.sendall("\r\n".join(lines).encode() + body)

@@ -86,7 +86,11 @@ def completion(reader: EventReader, response: Any) -> dict[str, Any]:
 def disconnect_in_the_middle(keyed: Gateway, request_id: str) -> None:
     """Start to read a stream and disconnect."""
     body = json.dumps(chat(stream=True)).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", f"Content-Length: {len(body)}"]
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        f"Content-Length: {len(body)}",
+    ]
     lines += [f"X-Request-Id: {request_id}", f"Authorization: Bearer {KEY}"]
     lines += ["X-Simulator-Pace-Ms: 20000", "", ""]
     with socket.create_connection(("127.0.0.1", keyed.port), 20) as client:

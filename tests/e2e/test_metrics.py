@@ -239,7 +239,9 @@ def odd_request(number: int) -> str:
     path = (f"/v1/odd/{number}", f"{CHAT}/{number}", f"/models/odd-{number}", f"/{number}")[
         number // 4 % 4
     ]
-    return f"{method} {path} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\nX-API-Key: {KEY}\r\n"
+    return (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-API-Key: {KEY}\r\n"
+    )
 
 
 def test_odd_requests_create_no_new_series(metered: Gateway) -> None:

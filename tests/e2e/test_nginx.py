@@ -69,7 +69,8 @@ class Client(HTTPConnection):
 
     def ask(self, path: str, body: dict[str, Any] | None = None, **headers: str) -> HTTPResponse:
         content = None if body is None else json.dumps(body)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        named = {} if body is None else {"Content-Type": "application/json"}
+        named |= {name.replace("_", "-"): value for name, value in headers.items()}
         self.request("GET" if body is None else "POST", path, content, named)
         # kept, because it may own the socket by now
         self.response = self.getresponse()

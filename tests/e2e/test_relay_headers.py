@@ -72,7 +72,7 @@ def test_lmstudios_hop_by_hop_headers_are_dropped_and_the_others_relayed(
         listener.settimeout(30)
         gateway = launch(f"http://127.0.0.1:{listener.getsockname()[1]}", WEB_CONCURRENCY=1)
         with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
-            client.sendall(b"GET /v1/odd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            client.sendall(b"GET /v1/odd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             upstream, _ = listener.accept()
             with upstream:
                 upstream.recv(65536)
@@ -104,12 +104,12 @@ def test_secrets_never_reach_lmstudio(strict: Gateway, simulator: Simulator) -> 
 def test_host_and_length_are_those_of_the_upstream_exchange(
     gateway: Gateway, simulator: Simulator
 ) -> None:
-    ask(gateway, {"Host": "front.example:99", "Expect": "100-continue"})
+    ask(gateway, {"Host": "front.localhost:99", "Expect": "100-continue"})
     found = received(simulator)
     assert found["host"] == simulator.url.removeprefix("http://")
     assert found["content-length"] == str(len(CHAT))
     assert "expect" not in found
-    assert found["x-forwarded-host"] == "front.example:99"
+    assert found["x-forwarded-host"] == "front.localhost:99"
 
 
 FORGED = {

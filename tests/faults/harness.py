@@ -123,7 +123,7 @@ class Stream:
         self.sock = socket.create_connection(("127.0.0.1", port), 90)
         self.port: int = self.sock.getsockname()[1]
         body = chat(count, True)
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: gateway\r\nX-Simulator-Pace-Ms: {pace_ms}\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nX-Simulator-Pace-Ms: {pace_ms}\r\n"
         self.sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         self.text = b""
         self._thread = threading.Thread(target=self._read)
@@ -177,7 +177,8 @@ def ask(port: int, timeout: float = 60, method: str = "POST", path: str = CHAT, 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     content = json.dumps(body).encode() if body is not None else chat(2, False)
     try:
-        connection.request(method, path, content if method == "POST" else None, headers or {})
+        given = {"Content-Type": "application/json", **(headers or {})}
+        connection.request(method, path, content if method == "POST" else None, given)
         response = connection.getresponse()
         return response.status, json.loads(response.read() or b"null")
     except (OSError, http.client.HTTPException):

@@ -21,7 +21,7 @@ SLOW_CLIENTS = 60
 CHAT = json.dumps(
     {"model": "qwen2-1.5b-instruct", "messages": [{"role": "user", "content": "count to 3"}]}
 ).encode()
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 #: What a slow client sends at once, and what it then sends byte by byte.
 SLOW = {
     "head": (HEAD, b"X-Slow: " + 500 * b"a"),
@@ -29,11 +29,13 @@ SLOW = {
     "body": (HEAD + b"Content-Length: 9999\r\n\r\n{", 500 * b" "),
     "chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nfff\r\n{", 500 * b" "),
     "streamed body": (
-        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: g\r\nContent-Length: 9999\r\n\r\n{",
+        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Length: 9999\r\n\r\n{",
         500 * b" ",
     ),
     "admin body": (
-        b"POST /admin/models/load HTTP/1.1\r\nHost: g\r\nContent-Length: 9999\r\n\r\n{",
+        b"POST /admin/models/load HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 9999\r\n\r\n{",
         500 * b" ",
     ),
 }

@@ -97,6 +97,20 @@ def test_the_document_is_built_on_first_use(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+def test_what_keyless_gateways_reject_is_described() -> None:
+    for path, operations in PATHS.items():
+        posts_to_admin = path.startswith("/admin/") and "post" in operations
+        for operation in operations.values():
+            assert "403" in operation["responses"], path
+            assert ("415" in operation["responses"]) == posts_to_admin, path
+    for code, status in (
+        ("origin_not_allowed", 403),
+        ("host_not_allowed", 403),
+        ("unsupported_media_type", 415),
+    ):
+        assert f"`{code}`" in COMPONENTS["responses"][f"AdminError{status}"]["description"]
+
+
 # The bodies of /admin
 
 BODIES: dict[str, Schema] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import Forbidden, Unauthorized
+from gateway.errors import Forbidden, GatewayError, Unauthorized, UnsupportedMediaType
 from gateway.request import CLIENT, REQUEST_ID, Access
 from gateway.settings import load
 
@@ -299,3 +299,248 @@ def test_a_request_from_an_allowed_origin_still_needs_a_key() -> None:
         gate.admit(environ(HTTP_ORIGIN="https://a.example"))
     with pytest.raises(Unauthorized):
         gate.admit(environ(REQUEST_METHOD="OPTIONS", HTTP_ORIGIN="https://a.example"))
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "is_allowed"),
+    [
+        ("app://obsidian.md", "app://obsidian.md", True),
+        ("app://obsidian.md", "app://obsidian.md.evil.example", False),
+        ("tauri://localhost,null", "null", True),
+        ("tauri://localhost", "null", False),
+        ("file://", "file://", True),
+        ("vscode-webview://*", "vscode-webview://1j3k5-abc", True),
+        ("vscode-webview://*", "vscode-webview://", False),
+        ("vscode-webview://*", "https://vscode-webview://a", False),
+        ("https://*.example.org", "https://chat.example.org", True),
+        ("https://*.example.org", "https://a.b.example.org", True),
+        ("https://*.example.org", "https://example.org", False),
+        ("https://*.example.org", "http://chat.example.org", False),
+        ("https://*.example.org", "https://chat.example.org.evil.example", False),
+        ("https://*.example.org", "https://chat.example.org:8443", False),
+        ("https://*.example.org", "https://evil.example/.example.org", False),
+        ("https://*.example.org", "https://chatXexample.org", False),
+        ("https://*.example.org", f"https://{'a' * 9000}.example.org", False),
+        ("http://localhost:*", "http://localhost:3000", True),
+        ("http://localhost:*", "http://localhost", False),
+        ("http://localhost:*", "http://localhost:3000.evil.example", False),
+        ("https://A.example:443", "https://a.example", True),
+        ("*", "https://anything.example", True),
+        ("*", "null", True),
+        ("*", "", False),
+    ],
+)
+def test_an_origin_may_be_of_any_scheme_and_a_star_stands_for_a_part(
+    allowed: str, origin: str, is_allowed: bool
+) -> None:
+    gate = access(GATEWAY_API_KEY="user", CORS_ORIGINS=allowed)
+    names = dict(gate.cors_headers(environ(HTTP_ORIGIN=origin)))
+    assert names.get("Access-Control-Allow-Origin") == (origin if is_allowed else None)
+    if is_allowed:
+        assert gate.admit(preflight(origin)) is True
+    else:
+        with pytest.raises(Unauthorized):
+            gate.admit(preflight(origin))
+
+
+# Web pages, where no key is required
+
+
+def code_of(gate: Access, request: dict[str, Any]) -> str | None:
+    """The error code with which a request is rejected, None if it is admitted."""
+    try:
+        gate.admit(request)
+    except GatewayError as error:
+        return error.code
+    return None
+
+
+FOREIGN = "https://evil.example"
+CROSS_SITE = {"HTTP_SEC_FETCH_SITE": "cross-site"}
+NAVIGATES = {**CROSS_SITE, "HTTP_SEC_FETCH_MODE": "navigate"}
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "scheme", "own"),
+    [
+        ("localhost:8002", "http://localhost:8002", "http", True),
+        ("LOCALHOST:8002", "http://localhost:8002", "http", True),
+        ("[::1]:8002", "http://[::1]:8002", "http", True),
+        ("localhost", "http://localhost", "http", True),
+        ("localhost:80", "http://localhost", "http", True),
+        ("localhost", "http://localhost:80", "http", True),
+        ("localhost", "https://localhost", "http", False),
+        ("localhost", "https://localhost", "https", True),
+        ("localhost", "http://localhost", "https", False),
+        ("localhost:8002", "http://localhost", "http", False),
+        ("localhost:8002", "http://localhost:8003", "http", False),
+        ("localhost:8002", "http://127.0.0.1:8002", "http", False),
+        ("localhost:8002", "http://localhost:8002.evil.example", "http", False),
+        ("localhost:8002", "http://localhost:8002@evil.example", "http", False),
+        ("localhost:8002", "http://localhost:8002/", "http", False),
+        ("localhost:8002", "app://localhost:8002", "http", False),
+        ("localhost:8002", "localhost:8002", "http", False),
+        ("localhost:8002", "null", "http", False),
+        ("localhost:8002", "", "http", False),
+        ("", "http://", "http", False),
+        ("", "null", "http", False),
+    ],
+)
+def test_without_keys_only_the_gateways_own_origin_is_admitted(
+    host: str, origin: str, scheme: str, own: bool
+) -> None:
+    request = environ("/admin/models", HTTP_HOST=host, HTTP_ORIGIN=origin)
+    request["wsgi.url_scheme"] = scheme
+    assert code_of(access(), request) == (None if own else "origin_not_allowed")
+
+
+def test_the_scheme_of_a_trusted_proxy_decides_the_default_port() -> None:
+    gate = access(TRUSTED_PROXIES="10.0.0.1")
+    request = {
+        "HTTP_HOST": "gw.example",
+        "HTTP_ORIGIN": "https://gw.example",
+        "HTTP_X_FORWARDED_PROTO": "https",
+    }
+    assert code_of(gate, environ(peer="10.0.0.1", **request)) is None
+    assert code_of(gate, environ(peer="10.0.0.2", **request)) == "origin_not_allowed"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/admin/models", "/debug/", "/metrics", "/nowhere"])
+def test_without_keys_an_allowed_origin_is_admitted_and_others_are_not(path: str) -> None:
+    gate = access(CORS_ORIGINS="https://a.example,null")
+    for origin in ("https://a.example", "null"):
+        assert code_of(gate, environ(path, HTTP_ORIGIN=origin, **CROSS_SITE)) is None
+        assert gate.admit(preflight(origin, PATH_INFO=path)) is True
+    for request in (environ(path, HTTP_ORIGIN=FOREIGN), preflight(FOREIGN, PATH_INFO=path)):
+        assert code_of(gate, request) == "origin_not_allowed"
+        assert dict(gate.cors_headers(request)) == {"Vary": "Origin"}
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "admitted"),
+    [
+        ("GET", CROSS_SITE, False),
+        ("GET", {**CROSS_SITE, "HTTP_SEC_FETCH_MODE": "no-cors"}, False),
+        ("GET", NAVIGATES, True),
+        ("HEAD", NAVIGATES, True),
+        ("POST", NAVIGATES, False),
+        ("GET", {**NAVIGATES, "HTTP_ORIGIN": FOREIGN}, False),
+        ("GET", {"HTTP_SEC_FETCH_SITE": "same-origin"}, True),
+        ("GET", {"HTTP_SEC_FETCH_SITE": "same-site"}, True),
+        ("POST", {"HTTP_SEC_FETCH_SITE": "same-site", "HTTP_ORIGIN": "http://localhost:1"}, False),
+        ("GET", {"HTTP_SEC_FETCH_SITE": "none"}, True),
+        ("POST", {}, True),
+    ],
+)
+def test_without_keys_a_cross_site_request_is_admitted_only_if_it_navigates(
+    method: str, headers: dict[str, str], admitted: bool
+) -> None:
+    request = environ(REQUEST_METHOD=method, HTTP_HOST="localhost:8002", **headers)
+    assert code_of(access(), request) == (None if admitted else "origin_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("host", "admitted"),
+    [
+        ("localhost", True),
+        ("localhost:8002", True),
+        ("Localhost.:8002", True),
+        ("gateway.localhost", True),
+        ("127.0.0.1:8002", True),
+        ("127.9.9.9", True),
+        ("[::1]:8002", True),
+        ("[::ffff:127.0.0.1]", True),
+        ("", True),  # no browser omits it
+        ("evil.example", False),
+        ("evil.example:8002", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("evil-localhost", False),
+        ("0.0.0.0:8002", False),
+        ("192.168.1.2:8002", False),
+        ("[::2]", False),
+        ("localhost:8002:1", False),
+        ("localhost@evil.example", False),
+        ("a" * 9000, False),
+    ],
+)
+def test_a_keyless_gateway_on_loopback_answers_only_by_a_loopback_name(
+    host: str, admitted: bool
+) -> None:
+    expected = None if admitted else "host_not_allowed"
+    assert code_of(access(), environ(HTTP_HOST=host)) == expected
+    assert code_of(access(GATEWAY_ADMIN_KEY="root"), environ(HTTP_HOST=host)) == expected
+    own = f"http://{host}"  # a page at this name, after DNS rebinding
+    if not admitted:
+        request = environ("/admin/models", HTTP_HOST=host, HTTP_ORIGIN=own)
+        assert code_of(access(), request) in ("host_not_allowed", "origin_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"GATEWAY_API_KEY": "user"},
+        {"TRUSTED_PROXIES": "127.0.0.1"},
+        {"GATEWAY_HOST": "0.0.0.0", "ALLOW_UNAUTHENTICATED": "true"},
+        {"GATEWAY_HOST": "unix:/run/gateway.sock"},
+    ],
+)
+def test_any_other_gateway_answers_by_any_name(settings: dict[str, str]) -> None:
+    for path in ("/health", "/debug/"):
+        assert code_of(access(**settings), environ(path, HTTP_HOST="gw.example")) is None
+    request = environ(HTTP_HOST="gw.example", **bearer("user"))
+    assert code_of(access(**settings), request) is None
+
+
+def test_where_a_key_is_required_it_decides_and_not_the_origin() -> None:
+    gate = access(GATEWAY_API_KEY="user", GATEWAY_ADMIN_KEY="root")
+    for path in ("/v1/models", "/admin/models", "/metrics", "/openapi.json"):
+        foreign = {"HTTP_ORIGIN": FOREIGN, "HTTP_HOST": "evil.example", **CROSS_SITE}
+        assert code_of(gate, environ(path, **foreign)) == "invalid_api_key"
+        assert code_of(gate, environ(path, **foreign, **bearer("root"))) is None
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/debug", "/debug/"])
+def test_public_paths_of_a_gateway_with_keys_reject_foreign_pages(path: str) -> None:
+    gate = access(GATEWAY_API_KEY="user")
+    assert code_of(gate, environ(path, HTTP_ORIGIN=FOREIGN)) == "origin_not_allowed"
+    assert code_of(gate, environ(path, **CROSS_SITE)) == "origin_not_allowed"
+    assert code_of(gate, environ(path, **NAVIGATES)) is None
+
+
+def test_an_admin_key_alone_protects_only_admin_paths_from_foreign_pages() -> None:
+    gate = access(GATEWAY_ADMIN_KEY="root")
+    assert code_of(gate, environ("/v1/models", HTTP_ORIGIN=FOREIGN)) == "origin_not_allowed"
+    assert code_of(gate, environ("/admin/models", HTTP_ORIGIN=FOREIGN)) == "invalid_api_key"
+
+
+def test_the_allowlist_is_checked_before_the_origin_and_the_origin_before_the_body() -> None:
+    gate = access(IP_ALLOWLIST="10.0.0.1")
+    foreign = {"HTTP_ORIGIN": FOREIGN, "CONTENT_LENGTH": "2"}
+    assert code_of(gate, environ("/admin/models", **foreign)) == "ip_not_allowed"
+    assert code_of(gate, environ("/admin/models", "10.0.0.1", **foreign)) == "origin_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("headers", "accepted"),
+    [
+        ({"CONTENT_LENGTH": "2", "CONTENT_TYPE": "application/json"}, True),
+        ({"CONTENT_LENGTH": "2", "CONTENT_TYPE": "Application/JSON; charset=utf-8"}, True),
+        ({"CONTENT_LENGTH": "2", "CONTENT_TYPE": "text/plain"}, False),
+        ({"CONTENT_LENGTH": "2", "CONTENT_TYPE": "text/plain; application/json"}, False),
+        ({"CONTENT_LENGTH": "2", "CONTENT_TYPE": "application/jsonp"}, False),
+        ({"CONTENT_LENGTH": "2"}, False),
+        ({"HTTP_TRANSFER_ENCODING": "chunked"}, False),
+        ({"CONTENT_LENGTH": "0", "CONTENT_TYPE": "text/plain"}, True),
+        ({}, True),
+    ],
+)
+def test_without_keys_an_admin_body_must_be_declared_as_json(
+    headers: dict[str, str], accepted: bool
+) -> None:
+    request = environ("/admin/models/activate", REQUEST_METHOD="POST", **headers)
+    assert code_of(access(), request) == (None if accepted else UnsupportedMediaType.code)
+    with_key = environ("/admin/models/activate", REQUEST_METHOD="POST", **headers, **bearer("k"))
+    assert code_of(access(GATEWAY_API_KEY="k"), with_key) is None
+    inference = environ("/v1/audio/transcriptions", REQUEST_METHOD="POST", **headers)
+    assert code_of(access(), inference) is None

@@ -15,6 +15,7 @@ from gateway.settings import (
     is_loopback,
     load,
     read_environment,
+    warnings,
 )
 from gateway.settings.loading import PLACEHOLDER_KEYS
 
@@ -67,8 +68,32 @@ BAD = [
     ("STATE_URL", "sqlite://relative.db", "sqlite:///"),
     ("STATE_URL", "sqlite:///", "file path"),
     ("STATE_URL", "redis://user:hunter2@ho\u2100st", ""),
+    ("STATE_URL", "redis://host/zero", "number"),
+    ("STATE_URL", "redis://host/0/1", "number"),
+    ("STATE_URL", "redis://host/-1", "number"),
+    ("STATE_URL", "redis://host/0?db=zero", "number"),
+    ("STATE_URL", "redis://:hunter2@host:abc/0", "port"),
+    ("STATE_URL", "redis://:hunter2@host:99999/0", "port"),
+    ("STATE_URL", "redis:///0", "host"),
+    ("STATE_URL", "redis://:pass/hunter2@host/0", "host"),
+    ("STATE_URL", "redis://:pass#hunter2@host/0", "%23"),
+    ("STATE_URL", "redis:hunter2", "redis://"),
+    ("STATE_URL", "unix:/run/redis.sock", "unix://"),
+    ("STATE_URL", "unix:///run/redis.sock?db=zero", "number"),
     ("CORS_ORIGINS", "https://a.example/path", "origin"),
-    ("CORS_ORIGINS", "*", "origin"),
+    ("CORS_ORIGINS", "https://a.example/", "origin"),
+    ("CORS_ORIGINS", "https://a.example,nowhere", "'nowhere'"),
+    ("CORS_ORIGINS", "https://user:hunter2@a.example", "password"),
+    ("CORS_ORIGINS", "https://a.example:99999", "origin"),
+    ("CORS_ORIGINS", "https://", "origin"),
+    ("CORS_ORIGINS", "app://", "origin"),
+    ("CORS_ORIGINS", "*://a.example", "origin"),
+    ("CORS_ORIGINS", "https://*.*.example", "more than one"),
+    ("CORS_ORIGINS", "http://192.168.1.*", "end with"),
+    ("CORS_ORIGINS", "http://localhost*:3000", "end with"),
+    ("CORS_ORIGINS", "*", "GATEWAY_API_KEY"),
+    ("CORS_ORIGINS", "https://*", "GATEWAY_API_KEY"),
+    ("CORS_ORIGINS", "http://*:*", "GATEWAY_API_KEY"),
 ]
 
 
@@ -199,6 +224,50 @@ def test_state_urls_origins_and_tokens_are_kept_unchanged() -> None:
         "http://b:8080",
     }
     assert parsed("LMSTUDIO_API_TOKEN", TOKEN) == TOKEN
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("app://obsidian.md", "app://obsidian.md"),
+        ("vscode-webview://*", "vscode-webview://*"),
+        ("chrome-extension://abc, null", "chrome-extension://abc null"),
+        ("file://", "file://"),
+        ("HTTPS://A.Example:443", "https://a.example"),
+        ("http://[::1]:80,http://b:443", "http://[::1] http://b:443"),
+        ("http://localhost:*", "http://localhost:*"),
+    ],
+)
+def test_origins_are_kept_in_the_form_in_which_browsers_send_them(text: str, expected: str) -> None:
+    assert parsed("CORS_ORIGINS", text) == set(expected.split())
+
+
+def test_every_origin_may_be_allowed_only_where_inference_needs_a_key() -> None:
+    assert load({"CORS_ORIGINS": "*", "GATEWAY_API_KEY": "k"}).cors_origins == {"*"}
+    (line,) = problems(CORS_ORIGINS="*", GATEWAY_ADMIN_KEY="k")
+    assert line.startswith("CORS_ORIGINS: ")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://host", "rediss://u:p@host:6380/3", "redis://[::1]:6379/", "unix:///run/r.sock?db=1"],
+)
+def test_a_redis_url_is_kept_unchanged(url: str) -> None:
+    assert parsed("STATE_URL", url) == url
+
+
+@pytest.mark.parametrize(
+    ("mode", "warns"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)]
+)
+def test_a_dotenv_that_other_users_can_read_or_change_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, warns: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert warnings() == []
+    (tmp_path / ".env").write_text("GATEWAY_API_KEY=hunter2\n")
+    (tmp_path / ".env").chmod(mode)
+    assert [line.partition(":")[0] for line in warnings()] == ([".env"] if warns else [])
+    assert "hunter2" not in "".join(warnings())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gateway.example"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socketserver
 import sqlite3
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,7 +14,7 @@ from pathlib import Path
 import gevent
 import pytest
 
-from gateway.state import Active, Batch, StoreError, open_store
+from gateway.state import Active, Batch, StoreError, check_redis, open_store
 from gateway.state.sqlite import SqliteStore
 
 DEFAULTS = {"temperature": 0.5, "stopStrings": ["a", "ü"], "stream": True, "topK": 10**9}
@@ -137,6 +140,72 @@ def test_the_url_names_the_file_and_an_empty_one_means_the_instance_folder(tmp_p
     open_store("", str(tmp_path / "instance")).close()
     assert (tmp_path / "a.db").exists()
     assert (tmp_path / "instance" / "state.db").exists()
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """A umask that takes nothing away."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def modes(path: Path) -> dict[str, int]:
+    """The mode of every file of a store, by its suffix."""
+    files = path.parent.glob(path.name + "*")
+    return {file.name.removeprefix(path.name): stat.S_IMODE(file.stat().st_mode) for file in files}
+
+
+@pytest.mark.usefixtures("umask")
+def test_only_the_owner_can_read_the_files_of_a_new_store(path: Path) -> None:
+    with closing(SqliteStore(path)) as store:
+        store.set_active(ACTIVE)
+        found = modes(path)
+        assert set(found) == {"", "-wal", "-shm", "-shared"}
+        assert set(found.values()) == {0o600}
+
+
+@pytest.mark.usefixtures("umask")
+def test_the_files_of_an_existing_store_become_private(path: Path) -> None:
+    with closing(SqliteStore(path)) as store:
+        store.set_active(ACTIVE)
+        for file in path.parent.glob(path.name + "*"):
+            file.chmod(0o644)
+        assert set(modes(path).values()) == {0o644}
+        with closing(SqliteStore(path)) as other:
+            assert set(modes(path).values()) == {0o600}
+            assert other.active() == ACTIVE
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:hunter2@host/0?colour=1", "redis://:hunter2@host/0?socket_timeout=long"]
+)
+def test_a_redis_url_with_a_wrong_option_is_an_error_without_the_password(url: str) -> None:
+    check_redis("redis://:hunter2@host/0?socket_timeout=5")
+    with pytest.raises(ValueError, match="option") as caught:
+        check_redis(url)
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(StoreError, match="STATE_URL"):
+        open_store(url, "")
+
+
+def test_an_error_of_redis_never_contains_the_password() -> None:
+    """Redis before version 6 does not know HELLO, and repeats the arguments of what it rejects."""
+    answer = b"-ERR unknown command `HELLO`, with args beginning with: `3`, `AUTH`, `hunter2`,\r\n"
+
+    class Reject(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while b"hunter2" in self.request.recv(65536):
+                self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Reject) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"redis://:hunter2@127.0.0.1:{server.server_address[1]}/0"
+        with closing(open_store(url, "")) as store:
+            with pytest.raises(StoreError, match="unknown command") as caught:
+                store.ping()
+            assert "hunter2" not in caught.value.message
+        server.shutdown()
 
 
 def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
