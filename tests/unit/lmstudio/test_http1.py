@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from gateway.lmstudio.http1 import (
     Sized,
     UntilClose,
     body_of,
+    header_line,
     parse_head,
 )
 from tests.arrivals import CUTS, arrivals
@@ -241,3 +244,37 @@ def test_the_version_and_the_connection_header_decide_whether_to_keep_it(
     head = parse_head(b"HTTP/1." + version + b" 200\r\nConnection: " + connection)
     assert head.keep_alive is kept
     assert head.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "header"),
+    [
+        (b"Name: value", ("Name", "value")),
+        (b"Name:value", ("Name", "value")),
+        (b"Name: \t a \t b\t ", ("Name", "a \t b")),
+        (b"Name:", ("Name", "")),
+        (b"Name: a:b", ("Name", "a:b")),
+        (b"Name: \xe9", ("Name", "\xe9")),
+        (b"Name", None),
+        (b"", None),
+        (b": value", None),
+        (b"Name : value", None),
+        (b" Name: value", None),
+        (b"N\xe4me: value", None),
+        (b"Name: a\x00b", None),
+        (b"Name: a\rb", None),
+        (b"Name: a\n", None),
+        (b"Name: \x0b", None),
+        (b"Name: \x7f", None),
+    ],
+)
+def test_header_lines(line: bytes, header: tuple[str, str] | None) -> None:
+    assert header_line(line) == header
+
+
+@pytest.mark.parametrize("end", [b"", b"x", b"\x00", b"x" + b"\t" * 65536 + b"\x00"])
+def test_the_time_for_a_header_line_is_linear_in_its_length(end: bytes) -> None:
+    """The bound is generous: 64 KB of blanks once took 11 s, and with a control byte days."""
+    began = time.process_time()
+    header_line(b"Name:" + b" " * 65536 + end)
+    assert time.process_time() - began < 1
