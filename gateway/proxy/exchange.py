@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import errors
+from gateway import errors, sse
 from gateway.clock import remaining
 from gateway.errors import BadGateway, GatewayError, Headers, Overloaded, UpstreamTimeout
 from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout, Upstream
@@ -202,7 +202,7 @@ class Proxy:
                 raise UpstreamTimeout("LM Studio did not answer in time.") from None
             record.status = 200
             stream_headers = headers.of_stream(
-                [("Content-Type", "text/event-stream; charset=utf-8")]
+                [("Content-Type", sse.CONTENT_TYPE), headers.NO_SNIFF]
             )
             pieces = relay.late_stream(exchange, tap, self._stream_timeout, record, dialect)
             return "200 OK", stream_headers, pieces
@@ -211,9 +211,12 @@ class Proxy:
         response_headers = headers.to_client(head.status, head.headers)
         if head.status < 400 and relay.is_event_stream(exchange) and record.method != "HEAD":
             response_headers = headers.of_stream(response_headers)
-            pieces = relay.stream(exchange, tap, self._stream_timeout, record, dialect)
+            if head.content_coding is not None:
+                pieces = relay.coded_stream(exchange, self._stream_timeout, record)
+            else:
+                pieces = relay.stream(exchange, tap, self._stream_timeout, record, dialect)
         else:
-            first = _first_piece(exchange, deadline, dialect)
+            first = _first_piece(exchange, record.method, deadline, dialect)
             pieces = relay.plain(exchange, first, deadline, record)
         return f"{head.status} {head.reason}".rstrip(), response_headers, pieces
 
@@ -230,12 +233,12 @@ def _endpoint(record: Record) -> injection.Endpoint | None:
     return injection.ENDPOINTS.get(record.path) if record.method == "POST" else None
 
 
-def _first_piece(exchange: Exchange, deadline: float | None, dialect: str) -> bytes:
+def _first_piece(exchange: Exchange, method: str, deadline: float | None, dialect: str) -> bytes:
     """Read the beginning of a plain response.
 
     Raises the error that an upstream error body holds, or that LM Studio put into a 200.
     """
-    if exchange.complete:
+    if exchange.complete and (exchange.head.status < 400 or method == "HEAD"):
         return b""
     try:
         first = exchange.receive(remaining(deadline))
