@@ -114,6 +114,14 @@ class Unreachable(GatewayError):
     headers = [("Retry-After", "5")]
 
 
+class Overloaded(GatewayError):
+    """A worker is at one of its limits. It queues nothing: the backlog of the listening socket
+    bounds how many requests wait."""
+
+    status, code = 503, "overloaded"
+    headers = [("Retry-After", "1")]
+
+
 class UpstreamTimeout(GatewayError):
     status, code = 504, "upstream_timeout"
 

@@ -11,12 +11,11 @@ This package must not know about Flask, about clients or about the shared state.
 from gateway.lmstudio import load_config
 from gateway.lmstudio.exchange import ConnectionBroken, Exchange, ReadTimeout
 from gateway.lmstudio.http import Upstream
-from gateway.lmstudio.http1 import HEADER_LINE, TOKEN
+from gateway.lmstudio.http1 import TOKEN, header_line
 from gateway.lmstudio.link import Link, get_link
 from gateway.lmstudio.sdk import LinkLost, ServerRefused
 
 __all__ = [
-    "HEADER_LINE",
     "TOKEN",
     "ConnectionBroken",
     "Exchange",
@@ -26,5 +25,6 @@ __all__ = [
     "ServerRefused",
     "Upstream",
     "get_link",
+    "header_line",
     "load_config",
 ]

@@ -8,10 +8,10 @@ elsewhere: see :class:`.exchange.Exchange`.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import certifi
@@ -23,13 +23,20 @@ from urllib3.exceptions import HTTPError
 
 from gateway import sockets
 from gateway.errors import Unreachable
-from gateway.lmstudio.exchange import ConnectionBroken, Exchange
+from gateway.lmstudio.exchange import Exchange
 
 #: Seconds to open a connection.
 CONNECT_TIMEOUT = 5.0
 #: LM Studio closes a connection after 5 s without a request. A connection that may be closed while
 #: the next request is on its way is not reused.
 MAX_IDLE_SECONDS = 4.0
+
+#: Seconds of silence after which the kernel asks whether LM Studio is still there, seconds between
+#: two such questions, and seconds after which it gives the connection up: below the minute within
+#: which an LM Studio that vanished without a word (power, network) must be noticed.
+KEEP_ALIVE_IDLE = 15
+KEEP_ALIVE_INTERVAL = 5
+DEAD_AFTER = 55
 
 Connection = HTTPConnection
 
@@ -57,28 +64,16 @@ class LMStudioAdapter(HTTPAdapter):
         cert: Any = None,
         proxies: Any = None,
     ) -> Exchange:
-        """Send a request.
-
-        Raises Unreachable when no connection can be opened, ConnectionBroken when it fails. A
-        request is sent again only if the connection failed before its first byte was sent.
-        """
-        method = cast(str, request.method)
-        body: Any = request.body
-        first = _serialise(method, request)
-        if isinstance(body, bytes):
-            first += body
-        connection = self._send_first(first)
-        exchange = Exchange(connection, method, self.put_back)
-        exchange.request = request
-        exchange.url = cast(str, request.url)
+        """Send a request; raises what :meth:`.Exchange.send` and, without ``stream``,
+        :meth:`.Exchange.wait_head` raise."""
+        exchange = Exchange(self, request)
         try:
-            if body is not None and not isinstance(body, bytes):
-                _upload(connection.sock, body, chunked="Content-Length" not in request.headers)
+            exchange.send()
             if not stream:
                 head = exchange.wait_head(timeout)
                 exchange.headers = CaseInsensitiveDict(head.headers)
         except BaseException:
-            connection.close()
+            exchange.close()
             raise
         return exchange
 
@@ -97,24 +92,7 @@ class LMStudioAdapter(HTTPAdapter):
         while self._idle:
             self._idle.pop()[0].close()
 
-    def _send_first(self, first: bytes) -> Connection:
-        """Send the first bytes of a request; returns the connection, an idle or a new one."""
-        connection = self._take_idle()
-        if connection is not None:
-            try:
-                _send(connection.sock, first)
-                return connection
-            except NothingSent:
-                connection.close()
-        connection = self._connect()
-        try:
-            _send(connection.sock, first)
-        except NothingSent:
-            connection.close()
-            raise ConnectionBroken("LM Studio closed the connection") from None
-        return connection
-
-    def _take_idle(self) -> Connection | None:
+    def take_idle(self) -> Connection | None:
         """Return the most recently used connection that is still open, if there is one."""
         self.close_stale()
         while self._idle:
@@ -124,18 +102,23 @@ class LMStudioAdapter(HTTPAdapter):
             connection.close()
         return None
 
-    def _connect(self) -> Connection:
+    def connect(self) -> Connection:
+        """Open a new connection; raises Unreachable."""
+        options = [*HTTPConnection.default_socket_options, *keep_alive_options()]
         connection: Connection
         if self._tls:
             connection = HTTPSConnection(
                 self._host,
                 self._port,
                 timeout=CONNECT_TIMEOUT,
+                socket_options=options,
                 cert_reqs="CERT_REQUIRED",
                 ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
             )
         else:
-            connection = HTTPConnection(self._host, self._port, timeout=CONNECT_TIMEOUT)
+            connection = HTTPConnection(
+                self._host, self._port, timeout=CONNECT_TIMEOUT, socket_options=options
+            )
         try:
             connection.connect()
         except (HTTPError, OSError):
@@ -146,44 +129,20 @@ class LMStudioAdapter(HTTPAdapter):
         return connection
 
 
-class NothingSent(Exception):
-    """The connection failed before a byte was sent, so a retry can't repeat anything."""
-
-
-def _serialise(method: str, request: requests.PreparedRequest) -> bytes:
-    lines = [f"{method} {request.url} HTTP/1.1\r\n"]
-    lines += [f"{name}: {value}\r\n" for name, value in request.headers.items()]
-    lines.append("\r\n")
-    return "".join(lines).encode("latin-1")
-
-
-def _send(sock: Any, data: bytes) -> None:
-    """Send all of ``data``. Raises NothingSent when the connection fails before the first byte.
-
-    A later failure is ignored: LM Studio may have responded early (with a 413, say) and closed the
-    connection, so reading the response shows what happened.
-    """
-    sock.settimeout(None)
-    try:
-        sent = sock.send(data)
-    except OSError:
-        raise NothingSent from None
-    if sent < len(data):
-        try:
-            sock.sendall(memoryview(data)[sent:])
-        except OSError:
-            return
-
-
-def _upload(sock: Any, pieces: Iterable[bytes], chunked: bool) -> None:
-    """Send a body piece by piece. Failures are ignored, for the reason given in :func:`_send`."""
-    for piece in pieces:
-        try:
-            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        except OSError:
-            return
-    if chunked:
-        try:
-            sock.sendall(b"0\r\n\r\n")
-        except OSError:
-            return
+def keep_alive_options() -> list[tuple[int, int, int]]:
+    """The socket options of TCP keep-alive, as far as the platform has them."""
+    probes = (DEAD_AFTER - KEEP_ALIVE_IDLE) // KEEP_ALIVE_INTERVAL
+    wanted = {
+        "TCP_KEEPIDLE": KEEP_ALIVE_IDLE,
+        "TCP_KEEPALIVE": KEEP_ALIVE_IDLE,  # the same on macOS
+        "TCP_KEEPINTVL": KEEP_ALIVE_INTERVAL,
+        "TCP_KEEPCNT": probes,
+        # keep-alive is off while sent bytes wait to be acknowledged; this is not (ms, Linux only)
+        "TCP_USER_TIMEOUT": DEAD_AFTER * 1000,
+    }
+    found = {name: getattr(socket, name, None) for name in wanted}
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+        (socket.IPPROTO_TCP, option, wanted[name])
+        for name, option in found.items()
+        if option is not None
+    ]

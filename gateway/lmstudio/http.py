@@ -31,31 +31,32 @@ class Upstream:
         self.session.trust_env = False  # LM Studio is local: no proxies, no .netrc
         self.session.mount(self.base_url, self.adapter)
 
-    def send(
+    def exchange(
         self,
         method: str,
         target: str,
         headers: dict[str, str],
         body: bytes | Iterator[bytes] | None,
     ) -> Exchange:
-        """Send a request; ``target`` is the path and query exactly as they are sent.
+        """Prepare an exchange, which has no connection until its ``send`` is called.
 
-        Raises Unreachable or ConnectionBroken; see :meth:`.LMStudioAdapter.send`.
+        ``target`` is the path and query exactly as they are sent.
         """
         request = requests.PreparedRequest()
         request.method = method
         request.url = target
         request.headers = cast("CaseInsensitiveDict[str]", headers)
         request.body = cast(Any, body)
-        return self.adapter.send(request, stream=True)
+        return Exchange(self.adapter, request)
 
     def greet(self, timeout: float) -> None:
         """Check that LM Studio responds within ``timeout`` seconds; raises a GatewayError."""
         try:
             with gevent.Timeout(timeout, ReadTimeout()):
                 headers = {"Host": self.authority, "Connection": "close"}
-                exchange = self.send("GET", "/lmstudio-greeting", headers, None)
+                exchange = self.exchange("GET", "/lmstudio-greeting", headers, None)
                 try:
+                    exchange.send()
                     exchange.wait_head(timeout)
                 finally:
                     exchange.close()

@@ -13,13 +13,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_HEAD_BYTES = 256 * 1024
+#: Bytes of the status line or of one header line.
+MAX_LINE_BYTES = 64 * 1024
 MAX_CHUNK_LINE_BYTES = 4096
+#: Bytes of all trailers of a chunked body.
+MAX_TRAILER_BYTES = 64 * 1024
+#: Header lines up to this length are cached once they have been parsed.
+_CACHED_LINE_BYTES = 256
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-#: Header names and lines, of requests and responses (RFC 9110, sections 5.6.2 and 5.5).
+#: A header's name or a method, of requests and responses (RFC 9110, section 5.6.2).
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+_NAME = re.compile(TOKEN)
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 
 
 class Malformed(Exception):
@@ -34,6 +42,9 @@ class Head:
     reason: str
     headers: list[tuple[str, str]]
     http10: bool
+    #: Whether the headers contradict each other about the length of the body, so that the
+    #: connection must not carry another exchange.
+    ambiguous: bool = False
 
     def get(self, name: str) -> str | None:
         """Return the values of a header (its name in lower case) joined with commas, or None."""
@@ -43,8 +54,16 @@ class Head:
     @property
     def keep_alive(self) -> bool:
         """Whether the connection may carry another exchange."""
+        if self.ambiguous:
+            return False
         connection = (self.get("connection") or "").lower()
         return "keep-alive" in connection if self.http10 else "close" not in connection
+
+    @property
+    def content_coding(self) -> str | None:
+        """The coding of the body (``gzip``, say) in lower case; None if it has none."""
+        coding = (self.get("content-encoding") or "").strip().lower()
+        return None if coding in ("", "identity") else coding
 
 
 def parse_head(block: bytes) -> Head:
@@ -53,18 +72,37 @@ def parse_head(block: bytes) -> Head:
     match = _STATUS_LINE.fullmatch(first)
     if match is None:
         raise Malformed("bad status line")
-    headers = [_header(line) for line in lines]
+    headers = [
+        _cached_header(line) if len(line) <= _CACHED_LINE_BYTES else _header(line) for line in lines
+    ]
     reason = (match[3] or b"").decode("latin-1").strip()
     return Head(int(match[2]), reason, headers, http10=match[1] == b"0")
 
 
 @lru_cache(maxsize=1024)
+def _cached_header(line: bytes) -> tuple[str, str]:
+    # a server repeats most lines in every response
+    return _header(line)
+
+
 def _header(line: bytes) -> tuple[str, str]:
-    # cached, because a server repeats most lines in every response
-    header = HEADER_LINE.fullmatch(line)
+    header = header_line(line) if len(line) <= MAX_LINE_BYTES else None
     if header is None:
         raise Malformed("bad header line")
-    return header[1].decode("ascii"), header[2].decode("latin-1")
+    return header
+
+
+def header_line(line: bytes) -> tuple[str, str] | None:
+    """Split a header line into its name and its value, None if it is malformed (RFC 9110, section
+    5.5).
+
+    Takes time linear in the line's length, however hostile the line is.
+    """
+    name, colon, value = line.partition(b":")
+    value = value.strip(b" \t")
+    if not colon or not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+        return None
+    return name.decode("ascii"), value.decode("latin-1")
 
 
 class Body:
@@ -128,6 +166,7 @@ class Chunked(Body):
         self._rest = b""  # an incomplete line
         self._after_data = False  # the next line is the empty one after a chunk
         self._in_trailer = False
+        self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
         payload = []
@@ -165,6 +204,9 @@ class Chunked(Body):
             self._after_data = False
         elif self._in_trailer:
             # dropped: no client was promised trailers
+            self._trailer_bytes += len(line)
+            if self._trailer_bytes > MAX_TRAILER_BYTES:
+                raise Malformed("the trailers are too large")
             self.done = not line
         else:
             size = _CHUNK_SIZE.fullmatch(line)
@@ -175,18 +217,38 @@ class Chunked(Body):
 
 
 def body_of(head: Head, method: str) -> Body:
-    """Return the framing of a response's body (RFC 9112, section 6.3). Raises Malformed."""
+    """Return the framing of a response's body (RFC 9112, section 6.3). Raises Malformed.
+
+    Leaves in the head the one ``Content-Length`` that a client may be given: equal ones become one,
+    and beside a transfer coding, which wins, there is none.
+    """
+    length = _settle_length(head)
     if method == "HEAD" or head.status in (204, 304):
         return NoBody()
-    encoding = head.get("transfer-encoding")
-    if encoding is not None:
-        if encoding.strip().lower() != "chunked":
-            raise Malformed("unknown transfer coding")
-        return Chunked()
-    lengths = {value for name, value in head.headers if name.lower() == "content-length"}
-    if not lengths:
-        return UntilClose()
-    length = lengths.pop()
-    if lengths or not re.fullmatch(r"[0-9]{1,18}", length):
+    coding = head.get("transfer-encoding")
+    if coding is None:
+        return UntilClose() if length is None else Sized(int(length))
+    if coding.strip().lower() != "chunked":
+        raise Malformed("unknown transfer coding")
+    head.ambiguous = head.ambiguous or head.http10  # HTTP/1.0 has no transfer codings
+    return Chunked()
+
+
+def _settle_length(head: Head) -> str | None:
+    """Return the value of ``Content-Length``, None if there is none, after removing from the head
+    what must not reach the client.
+
+    Raises Malformed unless all values are the same number.
+    """
+    lines = [pair for pair in head.headers if pair[0].lower() == "content-length"]
+    if not lines:
+        return None
+    values = {value.strip(" \t") for _, line in lines for value in line.split(",")}
+    length = values.pop()
+    if values or not _LENGTH.fullmatch(length):
         raise Malformed("bad Content-Length")
-    return Sized(int(length))
+    head.ambiguous = head.get("transfer-encoding") is not None
+    kept = [] if head.ambiguous or head.status == 204 else [(lines[0][0], length)]
+    if kept != lines:
+        head.headers = [pair for pair in head.headers if pair not in lines] + kept
+    return length

@@ -17,6 +17,7 @@ from typing import Any
 
 import gevent
 import lmstudio
+from lmstudio._ws_impl import AsyncWebsocketHandler
 from lmstudio._ws_thread import SyncToAsyncWebsocketBridge
 from lmstudio.sync_api import SyncLMStudioWebsocket
 
@@ -34,6 +35,9 @@ NOISY_LOGGERS = (
     "httpcore",
     "httpx_ws",
 )
+#: Seconds between two ``keepAlive`` frames. A socket on which no frame arrived in between, not even
+#: the acknowledgement, has lost its LM Studio.
+KEEP_ALIVE_INTERVAL = 15.0
 
 
 class LinkLost(Unreachable):
@@ -65,6 +69,55 @@ class TokenClient(lmstudio.Client):
         return self._format_auth_message(f"guest:{os.urandom(9).hex()}")
 
 
+class WatchedHandler(AsyncWebsocketHandler):
+    """The SDK's receiving side of a WebSocket, which also notices that LM Studio vanished.
+
+    After a power loss, or on a network that is down, no packet ever says so. Dropping the socket
+    ends the calls and loads that wait on it.
+    """
+
+    _received = False
+
+    async def _receive_messages(self) -> None:
+        tasks = [
+            asyncio.ensure_future(super()._receive_messages()),
+            asyncio.ensure_future(self._watch()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _enqueue_message(self, message: Any) -> bool:
+        self._received = True
+        if isinstance(message, dict) and message.get("type") == "keepAliveAck":
+            return False
+        return await super()._enqueue_message(message)
+
+    async def _watch(self) -> None:
+        """Send ``keepAlive`` frames until nothing arrives any more."""
+        self._received = True
+        while self._received:
+            self._received = False
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_INTERVAL):
+                    await self.send_json({"type": "keepAlive"})
+            except (TimeoutError, lmstudio.LMStudioError):
+                return
+            await asyncio.sleep(KEEP_ALIVE_INTERVAL)
+
+
+class WatchedBridge(SyncToAsyncWebsocketBridge):
+    """The SDK's bridge to a WebSocket, with a :class:`WatchedHandler`."""
+
+    def __init__(self, ws_thread: Any, ws_url: str, auth_details: Any, log_context: Any) -> None:
+        super().__init__(ws_thread, ws_url, auth_details, log_context)
+        manager = ws_thread.task_manager
+        self._ws_handler = WatchedHandler(manager, ws_url, auth_details, log_context)
+
+
 class GuardedWebsocket(SyncLMStudioWebsocket):
     """The SDK's WebSocket, which can be abandoned while it connects and reports why it failed.
 
@@ -74,7 +127,7 @@ class GuardedWebsocket(SyncLMStudioWebsocket):
     """
 
     def connect(self) -> Any:
-        bridge = SyncToAsyncWebsocketBridge(
+        bridge = WatchedBridge(
             self._ws_thread, self._ws_url, self._auth_details, self._logger.event_context
         )
         try:

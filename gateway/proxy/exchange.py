@@ -7,14 +7,15 @@ that the busiest paths need no Flask.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import errors
+from gateway import errors, sse
 from gateway.clock import remaining
-from gateway.errors import BadGateway, GatewayError, Headers, UpstreamTimeout
+from gateway.errors import BadGateway, GatewayError, Headers, Overloaded, UpstreamTimeout
 from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout, Upstream
 from gateway.observe import Record, Reporter
 from gateway.proxy import injection, relay, repair
@@ -23,7 +24,9 @@ from gateway.request import (
     CLIENT,
     REQUEST_ID,
     Access,
+    Budget,
     ClientDisconnected,
+    Share,
     bodies,
     cancellation,
     headers,
@@ -32,8 +35,11 @@ from gateway.request import (
 from gateway.settings import Settings
 from gateway.sse import HEARTBEAT
 from gateway.state import SharedStore
+from gateway.throttle import Throttle
 
 Environ = dict[str, Any]
+
+_throttle = Throttle(logging.getLogger(__name__))
 
 #: Set in the environ of a request that the access log records as an exchange.
 RECORDED = "gateway.recorded"
@@ -49,14 +55,6 @@ class ProxyResponse:
     status: str
     headers: Headers
     body: Iterable[bytes]
-
-
-class Overloaded(GatewayError):
-    """The worker is at its limit of exchanges. A worker queues nothing: the backlog of the
-    listening socket bounds how many requests wait."""
-
-    status, code = 503, "overloaded"
-    headers = [("Retry-After", "1")]
 
 
 class Proxy:
@@ -78,6 +76,7 @@ class Proxy:
         self._timeout = settings.proxy_timeout
         self._stream_timeout = settings.proxy_stream_timeout
         self._in_flight: set[Exchange] = set()
+        self._budget = Budget()
 
     def exchange(self, environ: Environ) -> ProxyResponse:
         """Serve one request; raises a GatewayError if there is nothing to relay."""
@@ -89,11 +88,11 @@ class Proxy:
             path=path,
         )
         try:
-            body, added_usage = self._prepare(environ, record)
-            exchange = self._send(environ, target, body, added_usage)
-            record.upstream_sent = time.monotonic()
-            return self._respond(environ, exchange, Tap(remove_usage=added_usage), record)
+            exchange, tap = self._open(environ, target, record)
+            return self._respond(environ, exchange, tap, record)
         except Exception as error:
+            if isinstance(error, Overloaded):
+                _throttle.warning(error.message, "a request got 503: %s", error.message)
             record.status = error.status if isinstance(error, GatewayError) else 500
             record.fail(str(error))
             record.finish(cancelled=isinstance(error, ClientDisconnected))
@@ -104,17 +103,39 @@ class Proxy:
         for exchange in list(self._in_flight):
             exchange.abort("The gateway is shutting down.")
 
-    def _prepare(self, environ: Environ, record: Record) -> tuple[bodies.Body, bool]:
+    def _open(self, environ: Environ, target: str, record: Record) -> tuple[Exchange, Tap]:
+        """Return the exchange, which has not been sent yet, and the tap for its response.
+
+        Only the exchange keeps the request's body, so that the memory is free as soon as the body
+        is no longer needed.
+        """
+        share = self._budget.share()
+        try:
+            body, added_usage = self._prepare(environ, record, share)
+            if len(self._in_flight) >= MAX_EXCHANGES:
+                raise Overloaded("The gateway is busy with other requests; try again.")
+            method = environ["REQUEST_METHOD"]
+            request_headers = self._headers(environ, body, record)
+            exchange = self._upstream.exchange(method, target, request_headers, body)
+        except BaseException:
+            share.release()
+            raise
+        exchange.on_body_dropped = share.release
+        self._in_flight.add(exchange)
+        exchange.on_close = self._in_flight.discard
+        return exchange, Tap(remove_usage=added_usage)
+
+    def _prepare(self, environ: Environ, record: Record, share: Share) -> tuple[bodies.Body, bool]:
         """Return the body to send upstream, with injected fields where the endpoint has any, and
         whether the gateway added the request for the stream's usage.
 
         Records the start of the exchange, even when the body is rejected.
         """
-        endpoint = injection.ENDPOINTS.get(record.path) if record.method == "POST" else None
+        endpoint = _endpoint(record)
         try:
             if endpoint is None or environ.get("HTTP_CONTENT_ENCODING"):
                 return bodies.stream_body(environ, self._max_body_bytes), False
-            content = bodies.read_body(environ, self._max_body_bytes)
+            content = bodies.read_body(environ, self._max_body_bytes, share)
             prepared = injection.prepare(endpoint, content, self._store.active)
             record.requested_model = prepared.requested_model or ""
             record.model = prepared.model
@@ -125,38 +146,32 @@ class Proxy:
                 environ[RECORDED] = True
                 self._reporter.begin(record)
 
-    def _send(
-        self, environ: Environ, target: str, body: bodies.Body, added_usage: bool
-    ) -> Exchange:
-        """Send the request to LM Studio without waiting for its response."""
-        if len(self._in_flight) >= MAX_EXCHANGES:
-            raise Overloaded("The gateway is busy with other requests; try again.")
-        request_headers = headers.to_upstream(
+    def _headers(self, environ: Environ, body: bodies.Body, record: Record) -> dict[str, str]:
+        """The headers of the request to LM Studio."""
+        found = headers.to_upstream(
             environ,
             body,
             self._upstream.authority,
             self._upstream.authorization,
             trusted=self._access.trusts_peer(environ),
         )
-        request_headers["X-Request-Id"] = environ[REQUEST_ID]
-        if added_usage:
-            # a compressed stream would hide the usage chunk that has to be removed
-            request_headers["Accept-Encoding"] = "identity"
-        method = environ["REQUEST_METHOD"]
-        try:
-            exchange = self._upstream.send(method, target, request_headers, body)
-        except ConnectionBroken as fault:
-            raise _bad_gateway(fault) from None
-        self._in_flight.add(exchange)
-        exchange.on_close = self._in_flight.discard
-        return exchange
+        found["X-Request-Id"] = environ[REQUEST_ID]
+        if _endpoint(record) is not None:
+            # nothing of the gateway (a comment, an error event) can stand in a compressed response
+            found["Accept-Encoding"] = "identity"
+        return found
 
     def _respond(
         self, environ: Environ, exchange: Exchange, tap: Tap, record: Record
     ) -> ProxyResponse:
-        """Wait for the response; abort the exchange if the client disconnects meanwhile."""
+        """Send the request and wait for the response; abort the exchange if the client disconnects
+        meanwhile."""
         watch = cancellation.watch(environ, exchange.abort)
         try:
+            exchange.send()
+            record.upstream_sent = time.monotonic()
+            if watch is not None:
+                watch.restart()  # the body may have been read from the client just now
             dialect = errors.dialect_of(environ["PATH_INFO"])
             status, response_headers, pieces = self._relay(exchange, tap, record, dialect)
         except BaseException as fault:
@@ -179,7 +194,7 @@ class Proxy:
 
         Returns the client's status line, headers and body.
         """
-        deadline = None if self._timeout is None else record.started + self._timeout
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
         try:
             head = exchange.wait_head(self._head_timeout(record, deadline))
         except ReadTimeout:
@@ -187,7 +202,7 @@ class Proxy:
                 raise UpstreamTimeout("LM Studio did not answer in time.") from None
             record.status = 200
             stream_headers = headers.of_stream(
-                [("Content-Type", "text/event-stream; charset=utf-8")]
+                [("Content-Type", sse.CONTENT_TYPE), headers.NO_SNIFF]
             )
             pieces = relay.late_stream(exchange, tap, self._stream_timeout, record, dialect)
             return "200 OK", stream_headers, pieces
@@ -196,9 +211,12 @@ class Proxy:
         response_headers = headers.to_client(head.status, head.headers)
         if head.status < 400 and relay.is_event_stream(exchange) and record.method != "HEAD":
             response_headers = headers.of_stream(response_headers)
-            pieces = relay.stream(exchange, tap, self._stream_timeout, record, dialect)
+            if head.content_coding is not None:
+                pieces = relay.coded_stream(exchange, self._stream_timeout, record)
+            else:
+                pieces = relay.stream(exchange, tap, self._stream_timeout, record, dialect)
         else:
-            first = _first_piece(exchange, deadline, dialect)
+            first = _first_piece(exchange, record.method, deadline, dialect)
             pieces = relay.plain(exchange, first, deadline, record)
         return f"{head.status} {head.reason}".rstrip(), response_headers, pieces
 
@@ -210,19 +228,24 @@ class Proxy:
         return min(HEARTBEAT, self._stream_timeout or HEARTBEAT)
 
 
-def _first_piece(exchange: Exchange, deadline: float | None, dialect: str) -> bytes:
+def _endpoint(record: Record) -> injection.Endpoint | None:
+    """The injection rule of a request, None if its endpoint has none."""
+    return injection.ENDPOINTS.get(record.path) if record.method == "POST" else None
+
+
+def _first_piece(exchange: Exchange, method: str, deadline: float | None, dialect: str) -> bytes:
     """Read the beginning of a plain response.
 
     Raises the error that an upstream error body holds, or that LM Studio put into a 200.
     """
-    if exchange.complete:
+    if exchange.complete and (exchange.head.status < 400 or method == "HEAD"):
         return b""
     try:
         first = exchange.receive(remaining(deadline))
     except ReadTimeout:
         raise UpstreamTimeout("LM Studio did not answer in time.") from None
     status = exchange.head.status
-    encoding = exchange.head.get("content-encoding")
+    encoding = exchange.head.content_coding
     error = None
     if status >= 400:
         first += relay.collect(exchange, remaining(deadline))
@@ -234,7 +257,10 @@ def _first_piece(exchange: Exchange, deadline: float | None, dialect: str) -> by
             error = repair.embedded_error(first, encoding)
     if error is not None:
         error.headers = headers.with_error(exchange.head.headers, error)
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # else the traceback makes a cycle, which keeps the exchange
     return first
 
 

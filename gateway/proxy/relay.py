@@ -8,14 +8,14 @@ the client and completes the record.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from gateway import sse
 from gateway.clock import remaining
 from gateway.errors import BadGateway, GatewayError, UpstreamTimeout, payload
 from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout
 from gateway.observe import Record
-from gateway.proxy.repair import MAX_ERROR_BYTES, error_in
+from gateway.proxy.repair import MAX_ERROR_BYTES, decode, error_in
 from gateway.proxy.usage import Tap, usages
 from gateway.request import ClientWatch
 from gateway.sse import HEARTBEAT
@@ -91,8 +91,9 @@ def plain(
         if not exchange.aborted:
             record.fail(f"LM Studio broke off its response: {fault}.")
         raise ResponseAborted(str(fault)) from None
-    for usage in usages(tail):
-        record.tokens.update(usage)
+    if exchange.head.content_coding is None:
+        for usage in usages(tail):
+            record.tokens.update(usage)
 
 
 def stream(
@@ -104,8 +105,6 @@ def stream(
     ``timeout`` is the longest silence allowed, in seconds (None: no limit).
     """
     yield b""  # sends the head now, not with the first event
-    if exchange.head.get("content-encoding"):
-        tap = Tap(remove_usage=False)  # compressed bytes can't be searched, so none are held back
     try:
         yield from _arrivals(exchange, tap, timeout)
         rest = tap.flush()
@@ -115,6 +114,23 @@ def stream(
     except (ConnectionBroken, UpstreamTimeout) as fault:
         record.tokens.update(tap.tokens)
         yield from abort_stream(fault, exchange, tap, record, dialect)
+
+
+def coded_stream(exchange: Exchange, timeout: float | None, record: Record) -> Iterator[bytes]:
+    """Relay a compressed event stream as it arrives, with nothing of the gateway's between its
+    bytes: no comment and no error event. If it breaks off, the response is cut.
+    """
+    yield b""
+    try:
+        while data := exchange.receive(timeout):
+            yield data
+    except ReadTimeout:
+        record.fail(_stream_timed_out().message)
+        raise ResponseAborted("PROXY_STREAM_TIMEOUT passed") from None
+    except ConnectionBroken as fault:
+        if not exchange.aborted or exchange.abort_reason:
+            record.fail(_stream_error(fault, exchange).message)
+        raise ResponseAborted(str(fault)) from None
 
 
 def late_stream(
@@ -128,19 +144,62 @@ def late_stream(
     try:
         for _ in _await_head(exchange, timeout):
             yield sse.KEEP_ALIVE
-        if is_event_stream(exchange):
+        if exchange.head.content_coding is not None:
+            yield from _late_coded(exchange, tap, timeout, record, dialect)
+        elif is_event_stream(exchange):
             yield from stream(exchange, tap, timeout, record, dialect)
-            return
-        content = collect(exchange, timeout)
+        else:
+            tap = Tap(remove_usage=False)  # a plain response has no usage chunk
+            yield from _late_plain(exchange, tap, timeout, record, dialect)
     except (ConnectionBroken, UpstreamTimeout) as fault:
         yield from abort_stream(fault, exchange, tap, record, dialect)
-        return
+
+
+def _late_plain(
+    exchange: Exchange, tap: Tap, timeout: float | None, record: Record, dialect: str
+) -> Iterator[bytes]:
+    """Relay a plain response as one event, or as the error event if it is an error."""
+    content = yield from _collect_quietly(exchange, timeout)
     error = error_in(exchange.head.status, content)
+    if error is not None:
+        record.fail(error.message)
+        yield _error_event(error, dialect)
+        return
+    yield tap.feed(b"data: " + _as_data(content))
+    while not exchange.complete:
+        data = _receive(exchange, timeout)
+        if data:
+            yield tap.feed(_as_data(data))
+    yield tap.feed(b"\n\n")
+    record.tokens.update(tap.tokens)
+
+
+def _late_coded(
+    exchange: Exchange, tap: Tap, timeout: float | None, record: Record, dialect: str
+) -> Iterator[bytes]:
+    """Relay a compressed response whose client has got a head that does not say so: decoded if it
+    is small, else as an error."""
+    content = yield from _collect_quietly(exchange, timeout)
+    status = exchange.head.status
+    decoded = decode(content, exchange.head.content_coding) if exchange.complete else None
+    if decoded is None or len(decoded) > MAX_ERROR_BYTES:
+        raise ConnectionBroken(f"its response ({status}) is compressed and can't be decoded here")
+    if status < 400 and is_event_stream(exchange):
+        yield tap.feed(decoded) + tap.flush()
+        record.tokens.update(tap.tokens)
+        return
+    error = error_in(status, decoded)
     if error is None:
-        yield b"data: " + content.replace(b"\n", b"\ndata: ") + b"\n\n"
+        yield b"data: " + _as_data(decoded) + b"\n\n"
         return
     record.fail(error.message)
     yield _error_event(error, dialect)
+
+
+def _as_data(content: bytes) -> bytes:
+    """Turn the line ends of a response into those of an event's data."""
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return lines.replace(b"\n", b"\ndata: ")
 
 
 def abort_stream(
@@ -182,13 +241,36 @@ def collect(exchange: Exchange, timeout: float | None, limit: int = MAX_ERROR_BY
     """
     pieces = []
     size = 0
-    while size < limit:
+    while size < limit and (data := _receive(exchange, timeout)):
+        pieces.append(data)
+        size += len(data)
+    return b"".join(pieces)
+
+
+def _receive(exchange: Exchange, timeout: float | None) -> bytes:
+    try:
+        return exchange.receive(timeout)
+    except ReadTimeout:
+        raise UpstreamTimeout("LM Studio did not finish its response.") from None
+
+
+def _collect_quietly(exchange: Exchange, timeout: float | None) -> Generator[bytes, None, bytes]:
+    """Read as :func:`collect` does, and yield a comment in each long silence."""
+    pieces = []
+    size, quiet = 0, 0.0
+    while size <= MAX_ERROR_BYTES:
+        pause = _pause(timeout, quiet)
         try:
-            data = exchange.receive(timeout)
+            data = exchange.receive(pause)
         except ReadTimeout:
-            raise UpstreamTimeout("LM Studio did not finish its response.") from None
+            quiet += pause
+            if timeout is not None and quiet >= timeout:
+                raise _stream_timed_out() from None
+            yield sse.KEEP_ALIVE
+            continue
         if not data:
             break
+        quiet = 0.0
         pieces.append(data)
         size += len(data)
     return b"".join(pieces)

@@ -7,7 +7,6 @@ send HTML.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import zlib
@@ -18,6 +17,8 @@ from gateway.errors import GatewayError
 #: Responses up to this size are searched for an error.
 MAX_ERROR_BYTES = 65536
 
+#: Content coding → zlib's ``wbits``.
+_WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _STARTS_WITH_ERROR = re.compile(rb'\s*\{\s*"(?:error|type"\s*:\s*"error)"')
 _UNKNOWN_ENDPOINT = re.compile(r"unexpected endpoint or method", re.IGNORECASE)
 _TAGS = re.compile(r"<(?:style|script)\b.*?</(?:style|script)>|<[^>]*>", re.DOTALL | re.IGNORECASE)
@@ -31,7 +32,7 @@ def starts_like_error(first: bytes) -> bool:
 def embedded_error(content: bytes, encoding: str | None = None) -> GatewayError | None:
     """Return the error in the body of a 200; None if there is none, or if the content coding is
     unknown."""
-    decoded = content if encoding is None else _decode(content, encoding)
+    decoded = content if encoding is None else decode(content, encoding)
     if decoded is None or b'"error"' not in decoded:
         return None
     parsed = _parse(decoded)
@@ -61,7 +62,7 @@ def wrapped_error(
 ) -> GatewayError | None:
     """Return the error to send in place of an upstream error body; None when the body is an error
     object of the dialect already, or its content coding is unknown."""
-    decoded = _decode(content, encoding)
+    decoded = decode(content, encoding)
     if decoded is None or _fits_dialect(_parse(decoded), dialect):
         return None
     return error_in(status, decoded)
@@ -117,15 +118,20 @@ def _plain_text(content: bytes) -> str:
     return " ".join(text.split())[:2000]
 
 
-def _decode(content: bytes, encoding: str | None) -> bytes | None:
-    """Return the body without its content coding; None if that is unknown or does not fit."""
-    if encoding is None or encoding.lower() == "identity":
+def decode(content: bytes, coding: str | None) -> bytes | None:
+    """Return the body without its content coding, cut behind :data:`MAX_ERROR_BYTES`; None if the
+    coding is unknown or does not fit.
+
+    A body that decodes to more is longer than that limit by a byte.
+    """
+    if coding is None or coding.lower() == "identity":
         return content
-    try:
-        if encoding.lower() in ("gzip", "x-gzip"):
-            return gzip.decompress(content)
-        if encoding.lower() == "deflate":
-            return zlib.decompress(content)
-    except (OSError, EOFError, zlib.error):
+    window = _WINDOWS.get(coding.lower())
+    if window is None:
         return None
-    return None
+    inflater = zlib.decompressobj(window)
+    try:
+        decoded = inflater.decompress(content, MAX_ERROR_BYTES + 1)
+    except zlib.error:
+        return None
+    return decoded if inflater.eof or len(decoded) > MAX_ERROR_BYTES else None

@@ -18,6 +18,7 @@ from gateway.request.access import (
     is_admin_path,
     request_id_of,
 )
+from gateway.request.budget import Budget, Share
 from gateway.request.cancellation import SOCKET, ClientDisconnected, ClientWatch
 from gateway.request.target import upstream_target
 
@@ -28,8 +29,10 @@ __all__ = [
     "REQUEST_ID",
     "SOCKET",
     "Access",
+    "Budget",
     "ClientDisconnected",
     "ClientWatch",
+    "Share",
     "bodies",
     "cancellation",
     "headers",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError, RequestTimeout
+from gateway.request.budget import Share
 
 Environ = dict[str, Any]
 #: A request's body: whole, piece by piece, or none.
@@ -24,12 +25,22 @@ def check_length(environ: Environ, limit: int) -> None:
         raise too_large(limit)
 
 
-def read_body(environ: Environ, limit: int) -> bytes:
-    """Read the whole request body.
+def read_body(environ: Environ, limit: int, share: Share | None = None) -> bytes:
+    """Read the whole request body, whose bytes are taken from ``share``.
 
-    Raises BodyTooLarge, RequestTimeout, or BadRequest if the body is incomplete or malformed.
+    Raises BodyTooLarge, RequestTimeout, Overloaded if the share can't be had, or BadRequest if the
+    body is incomplete or malformed.
     """
-    return b"".join(_pieces(environ, limit))
+    check_length(environ, limit)
+    if share is None:
+        return b"".join(_pieces(environ, limit))
+    # Announcing a body holds nothing, else a few idle clients could take the whole budget.
+    share.check(_announced(environ) or 0)
+    pieces = []
+    for piece in _pieces(environ, limit):
+        share.take(len(piece))
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def stream_body(environ: Environ, limit: int) -> Body:
@@ -51,8 +62,7 @@ def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
     check_length(environ, limit)
     source = environ["wsgi.input"]
     size = 0
-    length = environ.get("CONTENT_LENGTH")
-    expected = int(length) if length and length.isdigit() else None
+    expected = _announced(environ)
     while expected is None or size < expected:
         wanted = _READ_BYTES if expected is None else min(_READ_BYTES, expected - size)
         try:
@@ -73,3 +83,9 @@ def _pieces(environ: Environ, limit: int) -> Iterator[bytes]:
         yield piece
     if expected is not None and size < expected:
         raise BadRequest("The request body is incomplete.")
+
+
+def _announced(environ: Environ) -> int | None:
+    """The length that ``Content-Length`` announces, None if there is none."""
+    length = environ.get("CONTENT_LENGTH")
+    return int(length) if length and length.isdigit() else None

@@ -42,9 +42,19 @@ class ClientWatch:
         self.disconnected = False
         self._on_disconnect = on_disconnect
         self._client = client
-        loop = gevent.get_hub().loop
-        self._watcher = loop.io(client.fileno(), _READ)
+        self._watcher: Any = None
         self._timer: Any = None
+        self._start()
+
+    def restart(self) -> None:
+        """Watch the socket itself again, if what the client had sent hid the end of the stream and
+        has been read meanwhile."""
+        if self._timer is not None:
+            self.stop()
+            self._start()
+
+    def _start(self) -> None:
+        self._watcher = gevent.get_hub().loop.io(self._client.fileno(), _READ)
         self._watcher.start(self._readable)
 
     def stop(self) -> None:

@@ -48,9 +48,12 @@ _NOT_RELAYED = frozenset(
         "date",
         "server",
         "x-request-id",
+        "x-content-type-options",
     }
 )
 
+#: Keeps a browser from taking a response for something else than its content type says.
+NO_SNIFF = ("X-Content-Type-Options", "nosniff")
 #: Not relayed either: only the gateway decides which origins may read its responses.
 _CORS = "access-control-"
 #: Response headers that describe the original body and would be wrong for a replacement.
@@ -130,6 +133,7 @@ def to_client(status: int, headers: Headers) -> Headers:
             dropped.update(item.strip().lower() for item in value.split(","))
     kept = without(headers, *dropped)
     kept = [(name, value) for name, value in kept if not name.lower().startswith(_CORS)]
+    kept.append(NO_SNIFF)
     if status in (409, 429, 503):
         return _with_retry_advice(status, kept)
     return kept

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from gateway.errors import GatewayError
-from gateway.lmstudio import HEADER_LINE, TOKEN
+from gateway.lmstudio import TOKEN, header_line
 
 Environ = dict[str, Any]
 #: Bytes of the request line or of one header line.
@@ -93,16 +93,16 @@ def header_field(line: bytes) -> tuple[str, str]:
     """
     if len(line) > MAX_LINE:
         raise RequestRejected("A header is too long.", status=431)
-    found = HEADER_LINE.fullmatch(line)
+    found = header_line(line)
     if found is None:
         raise RequestRejected("A header is malformed.")
-    name = found[1].decode("ascii").upper()
+    name = found[0].upper()
     if "_" in name:
         return "", ""
     key = name.replace("-", "_")
     if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
         key = "HTTP_" + key
-    return key, found[2].decode("latin-1")
+    return key, found[1]
 
 
 def _length(environ: Environ, old: bool) -> int | None:

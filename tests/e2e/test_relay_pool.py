@@ -130,6 +130,18 @@ class ClosesOnReuse:
         self.listener.close()
 
 
+def test_a_get_is_sent_again_when_lm_studio_closes_the_connection(
+    launch: Callable[..., Gateway],
+) -> None:
+    lm_studio = ClosesOnReuse()
+    try:
+        gateway = launch(lm_studio.url, WEB_CONCURRENCY=1)
+        assert [gateway.get("/v1/models").status_code for _ in range(2)] == [200, 200]
+        assert len(lm_studio.requests) == 3
+    finally:
+        lm_studio.stop()
+
+
 def test_a_request_that_was_sent_is_never_sent_again(launch: Callable[..., Gateway]) -> None:
     lm_studio = ClosesOnReuse()
     try:

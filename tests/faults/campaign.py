@@ -17,6 +17,7 @@ import pytest
 
 from tests.faults import clock_faults as clock
 from tests.faults import dependency_faults as dependency
+from tests.faults import network_faults as network
 from tests.faults import process_faults as process
 from tests.faults.harness import Row
 from tests.processes import Simulator, default_signals_for_children
@@ -31,6 +32,9 @@ FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "requests": lambda folder, _: dependency.killed_while_requests_wait(folder),
     "load": lambda folder, _: dependency.killed_during_load(folder),
     "frozen": lambda folder, _: dependency.frozen(folder),
+    "unread": lambda folder, _: network.never_reads(folder),
+    "network-streams": network.network_down_during_streams,
+    "network-load": network.network_down_during_load,
     "redis": dependency.redis_killed,
     "full": lambda folder, simulator: process.state(folder, simulator, "full"),
     "readonly": lambda folder, simulator: process.state(folder, simulator, "readonly"),

@@ -30,6 +30,7 @@ LAYERS = (
     "settings",
     "sse",
     "sockets",
+    "throttle",
     "clock",
     "errors",
     "version",

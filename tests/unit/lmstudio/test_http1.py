@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from gateway.lmstudio.http1 import (
     Sized,
     UntilClose,
     body_of,
+    header_line,
     parse_head,
 )
 from tests.arrivals import CUTS, arrivals
@@ -183,6 +186,71 @@ def test_an_ambiguous_framing_is_rejected(headers: list[tuple[str, str]]) -> Non
         body_for(*headers)
 
 
+@pytest.mark.parametrize("length", ["x", "-1", "5, 6", ""])
+@pytest.mark.parametrize(("status", "method"), [(200, "HEAD"), (304, "GET"), (204, "GET")])
+def test_a_bad_length_is_rejected_where_there_is_no_body_too(
+    length: str, status: int, method: str
+) -> None:
+    with pytest.raises(Malformed):
+        body_for(("Content-Length", length), status=status, method=method)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "kept"),
+    [
+        ([("content-length", "5"), ("CONTENT-LENGTH", "5")], 200, [("content-length", "5")]),
+        ([("Content-Length", "5, 5")], 200, [("Content-Length", "5")]),
+        ([("Content-Length", "5,5"), ("Content-Length", "5")], 304, [("Content-Length", "5")]),
+        ([("Content-Length", "0")], 204, []),
+        ([("Content-Length", "5"), ("Transfer-Encoding", "chunked")], 200, []),
+        ([("Content-Length", "5"), ("Transfer-Encoding", "chunked")], 304, []),
+    ],
+)
+def test_the_client_gets_at_most_one_length(
+    headers: list[tuple[str, str]], status: int, kept: list[tuple[str, str]]
+) -> None:
+    head = Head(status, "OK", [("X-A", "1"), *headers], http10=False)
+    body_of(head, "GET")
+    assert [pair for pair in head.headers if pair[0].lower() == "content-length"] == kept
+    assert ("X-A", "1") in head.headers
+
+
+@pytest.mark.parametrize(
+    ("version", "lines", "kept"),
+    [
+        (b"1", b"Transfer-Encoding: chunked", True),
+        (b"1", b"Transfer-Encoding: chunked\r\nContent-Length: 5", False),
+        (b"0", b"Connection: keep-alive\r\nTransfer-Encoding: chunked", False),
+    ],
+)
+def test_a_connection_with_an_ambiguous_framing_is_not_kept(
+    version: bytes, lines: bytes, kept: bool
+) -> None:
+    head = parse_head(b"HTTP/1." + version + b" 200 OK\r\n" + lines)
+    body_of(head, "GET")
+    assert head.keep_alive is kept
+
+
+def test_a_line_that_is_too_long_is_rejected() -> None:
+    with pytest.raises(Malformed):
+        parse_head(b"HTTP/1.1 200 OK\r\nX: " + b"a" * 65536)
+
+
+def test_endless_trailers_are_rejected() -> None:
+    body = Chunked()
+    trailers = (b"X: " + b"a" * 1000 + b"\r\n") * 100
+    with pytest.raises(Malformed, match="trailers"):
+        body.feed(b"0\r\n" + trailers)
+
+
+@pytest.mark.parametrize(
+    ("value", "coding"), [("GZIP ", "gzip"), ("identity", None), ("", None), (None, None)]
+)
+def test_the_coding_of_a_body(value: str | None, coding: str | None) -> None:
+    headers = [] if value is None else [("content-Encoding", value)]
+    assert Head(200, "OK", headers, http10=False).content_coding == coding
+
+
 def test_a_204_has_no_body() -> None:
     body = body_for(status=204)
     assert body.done
@@ -241,3 +309,37 @@ def test_the_version_and_the_connection_header_decide_whether_to_keep_it(
     head = parse_head(b"HTTP/1." + version + b" 200\r\nConnection: " + connection)
     assert head.keep_alive is kept
     assert head.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "header"),
+    [
+        (b"Name: value", ("Name", "value")),
+        (b"Name:value", ("Name", "value")),
+        (b"Name: \t a \t b\t ", ("Name", "a \t b")),
+        (b"Name:", ("Name", "")),
+        (b"Name: a:b", ("Name", "a:b")),
+        (b"Name: \xe9", ("Name", "\xe9")),
+        (b"Name", None),
+        (b"", None),
+        (b": value", None),
+        (b"Name : value", None),
+        (b" Name: value", None),
+        (b"N\xe4me: value", None),
+        (b"Name: a\x00b", None),
+        (b"Name: a\rb", None),
+        (b"Name: a\n", None),
+        (b"Name: \x0b", None),
+        (b"Name: \x7f", None),
+    ],
+)
+def test_header_lines(line: bytes, header: tuple[str, str] | None) -> None:
+    assert header_line(line) == header
+
+
+@pytest.mark.parametrize("end", [b"", b"x", b"\x00", b"x" + b"\t" * 65536 + b"\x00"])
+def test_the_time_for_a_header_line_is_linear_in_its_length(end: bytes) -> None:
+    """The bound is generous: 64 KB of blanks once took 11 s, and with a control byte days."""
+    began = time.process_time()
+    header_line(b"Name:" + b" " * 65536 + end)
+    assert time.process_time() - began < 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import lmstudio
 import pytest
-from lmstudio import _ws_thread, json_api, sync_api
+from lmstudio import _ws_impl, _ws_thread, json_api, sync_api
 
 from gateway.lmstudio.sdk import NOISY_LOGGERS
 
@@ -53,6 +53,19 @@ def test_the_bridge_has_the_signatures_and_properties_in_use() -> None:
     assert parameters(bridge.connect) == parameters(bridge.disconnect) == ["self"]
     for name in ("_connection_failure", "_auth_failure", "_ws"):
         assert isinstance(inspect.getattr_static(bridge, name), property)
+
+
+def test_the_handler_has_what_our_subclass_overrides() -> None:
+    handler = _ws_impl.AsyncWebsocketHandler
+    expected = ["self", "task_manager", "ws_url", "auth_details", "log_context"]
+    assert parameters(handler)[-4:] == expected[-4:]
+    assert parameters(handler._receive_messages) == ["self"]
+    assert parameters(handler._enqueue_message) == ["self", "message"]
+    assert parameters(handler.send_json) == ["self", "message"]
+    assert "await self._receive_messages()" in inspect.getsource(handler._handle_ws)
+    assert "self._enqueue_message(message)" in inspect.getsource(handler._process_next_message)
+    bridge = inspect.getsource(_ws_thread.SyncToAsyncWebsocketBridge.__init__)
+    assert "self._ws_handler = AsyncWebsocketHandler(" in bridge
 
 
 def test_the_websocket_has_what_our_subclass_overrides() -> None:
