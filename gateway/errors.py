@@ -87,6 +87,16 @@ class NotFound(GatewayError):
     status, code = 404, "not_found"
 
 
+class MethodNotAllowed(GatewayError):
+    """The method is one that no path takes."""
+
+    status, code = 405, "method_not_allowed"
+    headers = [("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")]
+
+    def __init__(self, method: str) -> None:
+        super().__init__(f"{method} is not allowed.")
+
+
 class RequestTimeout(GatewayError):
     status, code = 408, "request_timeout"
 

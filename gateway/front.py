@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gateway import errors
-from gateway.errors import GatewayError, Headers, InternalError, NotFound
+from gateway.errors import GatewayError, Headers, InternalError, MethodNotAllowed, NotFound
 from gateway.observe import AccessLog, Metrics, milliseconds
 from gateway.proxy import ENDPOINTS, RECORDED, Proxy
-from gateway.request import CLIENT, REQUEST_ID, Access, bodies, request_id_of
+from gateway.request import CLIENT, REQUEST_ID, Access, bodies, normalize, request_id_of
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -26,6 +26,9 @@ WsgiApp = Callable[[Environ, Any], Iterable[bytes]]
 ARRIVED = "gateway.arrived"
 #: The paths with an injection rule, and their shorthands: the busiest ones.
 HOT_PATHS = frozenset({*ENDPOINTS, *(path.removeprefix("/v1") for path in ENDPOINTS)})
+#: Methods that no path takes: TRACE would return the request to LM Studio, API token included, and
+#: the gateway is no tunnel.
+_NEVER_ALLOWED = frozenset({"TRACE", "CONNECT"})
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +77,14 @@ class Front:
         return body
 
     def _admit(self, environ: Environ) -> bool:
-        """Check access, then ``Content-Length``, before any of the body is read.
+        """Normalize the path, then check access, method and ``Content-Length``, before any of the
+        body is read.
 
         Returns whether the request is a CORS preflight, which gets a 204. Raises a GatewayError if
         the request is rejected.
         """
         environ[ARRIVED] = time.monotonic()
+        environ["PATH_INFO"] = normalize(environ["PATH_INFO"])
         try:
             preflight = self._access.admit(environ)
         except GatewayError as error:
@@ -87,6 +92,8 @@ class Front:
             raise
         if environ["PATH_INFO"].startswith("//"):
             raise NotFound(f"Unknown path: {environ['PATH_INFO']}")
+        if environ["REQUEST_METHOD"] in _NEVER_ALLOWED:
+            raise MethodNotAllowed(environ["REQUEST_METHOD"])
         bodies.check_length(environ, self._max_body_bytes)
         return preflight
 

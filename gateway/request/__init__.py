@@ -20,7 +20,7 @@ from gateway.request.access import (
 )
 from gateway.request.budget import Budget, Share
 from gateway.request.cancellation import SOCKET, ClientDisconnected, ClientWatch
-from gateway.request.target import upstream_target
+from gateway.request.target import is_authority, normalize, origin_form, upstream_target
 
 __all__ = [
     "CLIENT",
@@ -37,6 +37,9 @@ __all__ = [
     "cancellation",
     "headers",
     "is_admin_path",
+    "is_authority",
+    "normalize",
+    "origin_form",
     "request_id_of",
     "upstream_target",
 ]

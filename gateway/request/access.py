@@ -1,7 +1,8 @@
 """Who is admitted: request id, allowlist, preflight, key and role, in that order.
 
 Where no key is required, the request must not be one that a web page of another origin sends.
-Everything here works on the WSGI environ, so that the same code guards every route.
+Everything here works on the WSGI environ, so that the same code guards every route. Paths are
+compared in the form that :func:`.target.normalize` gives them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from gateway.errors import Forbidden, Headers, Unauthorized, UnsupportedMediaType
 from gateway.request.origins import AllowedOrigins, is_cross_site, is_loopback_host, is_own
+from gateway.request.target import normalize
 from gateway.settings import AddressSet, Key, Settings, is_loopback
 
 Environ = dict[str, Any]
@@ -39,9 +41,9 @@ _ADMIN_PATHS = ("/admin", "/debug", "/metrics", "/api")
 #: The dashboard, which a browser must load before it can ask for the key.
 DASHBOARD_PATHS = ("/debug", "/debug/")
 #: Paths that need a key only with ``REQUIRE_AUTH_FOR_HEALTH``.
-HEALTH_PATHS = ("/health", "/health/", "/health/ready")
+HEALTH_PATHS = ("/health", "/health/ready")
 #: Paths other than inference that any key opens. They need a key even if only admin keys are set.
-_ANY_KEY_PATHS = (*HEALTH_PATHS, "/openapi.json", "/openapi.json/")
+_ANY_KEY_PATHS = (*HEALTH_PATHS, "/openapi.json")
 _FOREIGN_ORIGIN = (
     "No key is required here, so requests from web pages of other origins are rejected."
     " Add the origin to CORS_ORIGINS, or set GATEWAY_API_KEY."
@@ -276,8 +278,8 @@ def _check_admin_body(environ: Environ) -> None:
 
 def is_admin_path(path: str) -> bool:
     """Whether a path needs an admin key, once admin keys are set."""
-    # werkzeug's routing ignores repeated leading slashes
-    path = "/" + path.lstrip("/")
+    # werkzeug's routing ignores repeated leading slashes; normalizing again costs little
+    path = normalize("/" + path.lstrip("/"))
     return path in _ADMIN_PATHS or path.startswith(_ADMIN_PREFIXES)
 
 

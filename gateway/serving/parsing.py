@@ -11,8 +11,9 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, MethodNotAllowed
 from gateway.lmstudio import TOKEN, header_line
+from gateway.request import is_authority, origin_form
 
 Environ = dict[str, Any]
 #: Bytes of the request line or of one header line.
@@ -23,9 +24,6 @@ MAX_FIELDS = 100
 MAX_HEAD = 65536
 
 _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
-_ABSOLUTE = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#\[\]]*|\[[0-9A-Fa-f:.]+\](?::\d*)?)(?=[/?#]|$)"
-)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 #: Headers that must not be repeated: recipients disagree about which of the two counts.
 SINGLE = frozenset({"CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_HOST", "HTTP_TRANSFER_ENCODING"})
@@ -66,6 +64,7 @@ def parse(head: bytes, environ: Environ) -> tuple[bool, int | None]:
         elif key:
             environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
     environ.pop("", None)
+    _check_host(environ.get("HTTP_HOST"), old)
     connection = environ.get("HTTP_CONNECTION", "").lower()
     keep_alive = "keep-alive" in connection if old else "close" not in connection
     return keep_alive and method != "CONNECT", _length(environ, old)
@@ -74,10 +73,17 @@ def parse(head: bytes, environ: Environ) -> tuple[bool, int | None]:
 def _path(method: str, target: str) -> tuple[str, str]:
     """Split a request target into PATH_INFO and QUERY_STRING."""
     if not target.startswith("/") and not (target == "*" and method == "OPTIONS"):
-        # absolute-form, as clients of a forward proxy send it: the gateway ignores its host
-        target, changed = _ABSOLUTE.subn("", target, count=1)
-        if not changed:
+        if method == "CONNECT":
+            raise RequestRejected(
+                "CONNECT is not allowed.",
+                status=MethodNotAllowed.status,
+                code=MethodNotAllowed.code,
+                headers=MethodNotAllowed.headers,
+            )
+        found = origin_form(target)
+        if found is None:
             raise RequestRejected("The request target is malformed.")
+        target = found
     path, _, query = target.partition("#")[0].partition("?")
     if "%" in path:
         path = unquote_to_bytes(path).decode("latin-1")
@@ -103,6 +109,15 @@ def header_field(line: bytes) -> tuple[str, str]:
     if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
         key = "HTTP_" + key
     return key, found[1]
+
+
+def _check_host(host: str | None, old: bool) -> None:
+    """Reject a request whose ``Host`` is missing or malformed (RFC 9112 §3.2)."""
+    if host is None:
+        if not old:
+            raise RequestRejected("The Host header is missing.")
+    elif not is_authority(host):
+        raise RequestRejected("The Host header is malformed.")
 
 
 def _length(environ: Environ, old: bool) -> int | None:

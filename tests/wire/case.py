@@ -3,7 +3,7 @@
 A file in ``cases/`` begins with fields, each a line ``name: value``::
 
     why: what the case shows
-    gateway: keyed (default), open, admin-only, allowlist or proxied; see test_corpus.py
+    gateway: keyed (default), open, admin-only, guarded, allowlist or proxied; see test_corpus.py
     status: the expected responses in order: ``400``, ``200 401``, or with alternatives
             ``400|closed``. ``closed`` is a connection that closes without a response, ``waits`` one
             that stays open without one, ``headless`` a response as in HTTP/0.9, a body alone

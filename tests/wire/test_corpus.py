@@ -23,6 +23,11 @@ SETTINGS = {
     "keyed": KEYS,
     "open": {"WEB_CONCURRENCY": 1},
     "admin-only": {"GATEWAY_ADMIN_KEY": ADMIN_KEY, "WEB_CONCURRENCY": 1},
+    "guarded": {
+        "GATEWAY_ADMIN_KEY": ADMIN_KEY,
+        "REQUIRE_AUTH_FOR_HEALTH": "true",
+        "WEB_CONCURRENCY": 1,
+    },
     "allowlist": ALLOWED,
     "proxied": {**ALLOWED, "TRUSTED_PROXIES": "127.0.0.0/8"},
 }
@@ -98,7 +103,8 @@ def wire(record: dict[str, object]) -> str:
 def is_alive(deployment: Deployment) -> bool:
     """Whether the gateway responds, with the workers that it started with."""
     gateway = deployment.gateway
-    response = gateway.get("/health", headers={"X-Forwarded-For": "10.0.0.1"})
+    headers = {"X-Forwarded-For": "10.0.0.1", "X-API-Key": ADMIN_KEY}
+    response = gateway.get("/health", headers=headers)
     statuses = (200, 403) if "IP_ALLOWLIST" in gateway.environ else (200,)
     assert response.status_code in statuses, response.text
     return gateway.workers() == deployment.workers

@@ -108,9 +108,9 @@ def test_half_of_an_empty_line_does_not_end_the_head() -> None:
 @pytest.mark.parametrize(
     ("head", "keep_alive"),
     [
-        (b"GET / HTTP/1.1", True),
-        (b"GET / HTTP/1.1\r\nConnection: Close", False),
-        (b"GET / HTTP/1.1\r\nConnection: upgrade, close", False),
+        (b"GET / HTTP/1.1\r\nHost: h", True),
+        (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Close", False),
+        (b"GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade, close", False),
         (b"GET / HTTP/1.0", False),
         (b"GET / HTTP/1.0\r\nConnection: keep-alive", True),
     ],
@@ -137,6 +137,50 @@ def test_the_environ_of_a_request() -> None:
         "CONTENT_LENGTH": "007",
         "CONTENT_TYPE": "t",
     }
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "gateway",
+        "gateway:8002",
+        "my_host.local",
+        "10.0.0.1:80",
+        "[::1]",
+        "[fe80::1%25eth0]:1",
+        "a:",
+    ],
+)
+def test_a_well_formed_host_is_accepted(host: str) -> None:
+    for version in ("1.0", "1.1"):
+        parse(f"GET / HTTP/{version}\r\nHost: {host}".encode(), {})
+    parse(f"GET http://{host}/v1 HTTP/1.1\r\nHost: other".encode(), {})
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a b", "a/b", "a@b", "a:b@c", "a,b", "a:99999", "a:x", "a:1:2", "[::1", "::1", "a?b", "\xe9"],
+)
+def test_a_malformed_host_is_rejected(host: str) -> None:
+    for version in ("1.0", "1.1"):
+        with pytest.raises(RequestRejected, match="Host header is malformed"):
+            parse(f"GET / HTTP/{version}\r\nHost: {host}".encode("latin-1"), {})
+
+
+def test_only_http_1_0_may_lack_the_host() -> None:
+    parse(b"GET / HTTP/1.0", {})
+    with pytest.raises(RequestRejected, match="Host header is missing"):
+        parse(b"GET / HTTP/1.1", {})
+    with pytest.raises(RequestRejected, match="repeated"):
+        parse(b"GET / HTTP/1.1\r\nHost: a\r\nHost: a", {})
+
+
+@pytest.mark.parametrize(
+    "target", ["health?x=a://b", "a/b://c", "://h/v1", "http://a@b/v1", "1://h/"]
+)
+def test_only_an_absolute_form_target_may_lack_the_leading_slash(target: str) -> None:
+    with pytest.raises(RequestRejected, match="target is malformed"):
+        parse(f"GET {target} HTTP/1.1\r\nHost: h".encode(), {})
 
 
 @pytest.fixture
@@ -176,7 +220,7 @@ def test_an_application_that_fails_gets_a_500_and_its_connection_closes(
         raise RuntimeError("a bug")
 
     environ: dict[str, Any] = {}
-    parse(b"GET /v1/models HTTP/1.1", environ)
+    parse(b"GET /v1/models HTTP/1.1\r\nHost: h", environ)
     with pytest.raises(ConnectionEnded):
         Response(server, environ, RequestBody(RequestReader(server), 0), True).send(
             failing_application
