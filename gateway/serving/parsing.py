@@ -23,6 +23,7 @@ MAX_FIELDS = 100
 #: Bytes of a whole head.
 MAX_HEAD = 65536
 
+_TOKEN = re.compile(TOKEN)
 _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 #: Headers that must not be repeated: recipients disagree about which of the two counts.
@@ -141,17 +142,14 @@ def _length(environ: Environ, old: bool) -> int | None:
     return int(length)
 
 
-def check_partial_head(data: bytes) -> None:
-    """Reject bytes that can't become a head without waiting for the rest of them.
+def check_first_line(line: bytes, *, complete: bool) -> None:
+    """Reject the first line of a head, or its beginning, if it can't become a request line.
 
-    Raises RequestRejected.
+    A ``complete`` one is given without its LF. Raises RequestRejected.
     """
-    first, line_end, _ = data.partition(b"\r\n")
-    if line_end and not _REQUEST_LINE.fullmatch(first):
-        raise RequestRejected("The request line is malformed.")
-    if b"\n" in first or not first or not re.match(TOKEN, first):
+    if not _TOKEN.match(line) or (complete and not line.endswith(b"\r")):
         raise RequestRejected("This is not an HTTP request.")
-    if len(first) > MAX_LINE:
+    if complete and not _REQUEST_LINE.fullmatch(line[:-1]):
+        raise RequestRejected("The request line is malformed.")
+    if len(line) - complete > MAX_LINE:
         raise RequestRejected("The request line is too long.", status=414)
-    if len(data) > MAX_HEAD:
-        raise RequestRejected("The request's head is too large.", status=431)

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gevent
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.serving.parsing import RequestRejected, parse
+from gateway.serving.parsing import MAX_HEAD, RequestRejected, parse
 from gateway.serving.reading import ConnectionEnded, RequestBody, RequestReader
 from gateway.serving.response import Response
 
@@ -96,6 +97,79 @@ def test_any_chunks_are_a_body_or_rejected_or_end_the_connection(parts: list[byt
         assert body.broken
         with pytest.raises(RequestRejected):
             body.read()
+
+
+@given(st.integers(0, 6), st.lists(st.integers(0, 2000)))
+def test_empty_lines_before_a_request_are_skipped_in_any_pieces(
+    count: int, places: list[int]
+) -> None:
+    head = b"GET /v1/models HTTP/1.1\r\nHost: a"
+    reader = RequestReader(Pieces(*cut(count * b"\r\n" + head + b"\r\n\r\nrest", places)))
+    assert reader.head(1) == head
+    assert reader.read(4, time.monotonic() + 1) == b"rest"
+
+
+class Trickle:
+    """A socket on which data arrives byte by byte, and which counts the bytes."""
+
+    def __init__(self, data: bytes, repeat: int = 1) -> None:
+        self.received = 0
+        self._data, self._size = data, len(data) * repeat
+
+    def settimeout(self, seconds: float) -> None:
+        assert seconds > 0
+
+    def recv(self, size: int) -> bytes:
+        if self.received == self._size:
+            return b""
+        at = self.received % len(self._data)
+        self.received += 1
+        return self._data[at : at + 1]
+
+
+@pytest.mark.parametrize(
+    ("data", "repeat", "status"),
+    [
+        (b"\r\n", 10**6, 431),
+        (b"a", 10**6, 414),
+        (b"GET / HTTP/1.1\r\nHost: " + b"h" * 10**6, 1, 431),
+    ],
+)
+def test_a_head_that_arrives_byte_by_byte_is_bounded(data: bytes, repeat: int, status: int) -> None:
+    client = Trickle(data, repeat)
+    began = time.process_time()
+    with pytest.raises(RequestRejected) as caught:
+        RequestReader(client).head(60)
+    assert caught.value.status == status
+    assert client.received < MAX_HEAD + 100
+    assert time.process_time() - began < 2  # generous: the work is linear
+
+
+def body_of(*arrivals: bytes) -> RequestBody:
+    return RequestBody(RequestReader(Pieces(*arrivals)), None)
+
+
+def test_the_framing_of_a_chunked_body_is_bounded() -> None:
+    """Chunks of two bytes take 3.5 bytes for each on the wire, chunks of one byte take 6."""
+    assert body_of(b"2\r\nxy\r\n" * 100_000 + b"0\r\n\r\n").read() == b"xy" * 100_000
+    assert body_of(b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n").read() == b"x" * 1000
+    for hostile in (b"1\r\nx\r\n" * 100_000, b"9;a=" + b"b" * 4000 + b"\r\n123456789\r\n"):
+        body = body_of(hostile * 20)
+        with pytest.raises(RequestRejected, match="chunks of the body are too small"):
+            body.read()
+        assert body.rejected is not None
+    trailers = b"x\r\n" + b"1\r\nx\r\n0\r\n" + b"T: %b\r\n" % (b"x" * 8000) * 20 + b"\r\n"
+    with pytest.raises(RequestRejected, match="chunks of the body are too small"):
+        body_of(trailers.removeprefix(b"x\r\n")).read()
+
+
+def test_a_fast_client_lets_the_others_run() -> None:
+    """Receiving does not wait for a client that is always faster than the gateway."""
+    turns = []
+    other = gevent.spawn(lambda: [turns.append(gevent.sleep(0)) for _ in range(1000)])
+    body_of(*[b"ffff\r\n" + b"x" * 65535 + b"\r\n"] * 64, b"0\r\n\r\n").read()
+    assert len(turns) >= 64 * 65536 // (256 * 1024)
+    other.kill()
 
 
 def test_half_of_an_empty_line_does_not_end_the_head() -> None:
