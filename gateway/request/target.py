@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 from gateway.errors import SHORTHAND, BadRequest, NotFound
 
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
-_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+_ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://([^/?#]+)(?=[/?]|\Z)")
 #: ``host``, ``host:port`` or the same with an IPv6 address. The empty host and the empty port are
 #: valid (RFC 3986 §3.2); a comma in a name is too, but recipients read it as two hosts.
 _AUTHORITY = re.compile(

@@ -34,7 +34,11 @@ MAX_FRAMING_RATIO = 4
 MAX_FRAMING = 65536
 _CR = 0x0D
 _CHUNK = re.compile(
-    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:=(?:" + TOKEN + rb'|"[^"\\]*"))?)*'
+    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*"
+    + TOKEN
+    + rb"(?:=(?:"
+    + TOKEN
+    + rb'|"[\t !#-\[\]-~\x80-\xff]*"))?)*'
 )
 #: Fields that a trailer must not carry (RFC 9110 §6.5.1).
 _NO_TRAILER = SINGLE | {"HTTP_TRAILER", "HTTP_AUTHORIZATION", "HTTP_TE"}

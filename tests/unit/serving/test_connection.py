@@ -250,7 +250,17 @@ def test_only_http_1_0_may_lack_the_host() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["health?x=a://b", "a/b://c", "://h/v1", "http://a@b/v1", "1://h/"]
+    "target",
+    [
+        "health?x=a://b",
+        "a/b://c",
+        "://h/v1",
+        "http://a@b/v1",
+        "1://h/",
+        "http:///v1",
+        "ftp://h/",
+        "http://h#/",
+    ],
 )
 def test_only_an_absolute_form_target_may_lack_the_leading_slash(target: str) -> None:
     with pytest.raises(RequestRejected, match="target is malformed"):
