@@ -49,6 +49,8 @@ class Gateway:
     reporter: Reporter
     access: Access
     proxy: proxy.Proxy
+    #: The event streams that this worker's clients read.
+    event_streams: set[debug.EventStream]
     #: When this worker started (time.monotonic()).
     started: float
 
@@ -61,6 +63,11 @@ class Gateway:
     def drain(self) -> None:
         """End the event streams; other requests may finish. Called when the grace period begins."""
         self.events.stop_streams()
+
+    def cut_streams(self) -> None:
+        """Cut the event streams whose clients do not read, and so do not see their end."""
+        for stream in list(self.event_streams):
+            stream.cut()
 
     def stop(self) -> None:
         """Write what is still queued and release everything. Called after the last request."""
@@ -128,6 +135,7 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
         reporter=reporter,
         access=access,
         proxy=proxy.Proxy(configured, access, store, upstream, reporter),
+        event_streams=set(),
         started=time.monotonic(),
     )
 

@@ -10,6 +10,7 @@ This package only reads. It must not know how models, state or exchanges are cha
 
 from gateway.debug.health import blueprint as health
 from gateway.debug.prometheus import blueprint as prometheus
+from gateway.debug.stream import EventStream
 from gateway.debug.views import blueprint
 
-__all__ = ["blueprint", "health", "prometheus"]
+__all__ = ["EventStream", "blueprint", "health", "prometheus"]

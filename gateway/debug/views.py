@@ -32,7 +32,7 @@ def stream() -> Response:
     """Every event of every worker as server-sent events."""
     parts = current_app.extensions["gateway"]
     frames = parts.events.subscribe(_last_event_id(), _types())
-    body = EventStream(frames, request.environ, parts.metrics)
+    body = EventStream(frames, request.environ, parts.metrics, parts.event_streams)
     return Response(body, content_type=sse.CONTENT_TYPE, headers=sse.UNBUFFERED)
 
 

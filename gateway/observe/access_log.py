@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections import deque
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
+from gateway import stderr
 from gateway.clock import timestamp
 from gateway.observe.record import Record, milliseconds
 
@@ -53,7 +53,7 @@ class AccessLog:
         if self._writer is not None:
             self._writer.kill()
             self._writer = None
-            sys.stderr.write(self._take())
+            stderr.write(self._take())
 
     def log_exchange(self, record: Record) -> None:
         """Log an inference exchange that has ended."""
@@ -74,8 +74,7 @@ class AccessLog:
             self._wakeup.wait()
             gevent.sleep(COLLECT_SECONDS)
             self._wakeup.clear()
-            # in a real thread, because a slow reader of stderr blocks the write
-            gevent.get_hub().threadpool.apply(_write, (self._take(),))
+            stderr.write(self._take())
 
     def _take(self) -> str:
         """All queued entries as text, one line each."""
@@ -139,8 +138,3 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value if _NEEDS_NO_QUOTES.fullmatch(value) else json.dumps(value)
     return str(value)
-
-
-def _write(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()

@@ -112,6 +112,17 @@ class Access:
             _check_admin_body(environ)
         return False
 
+    def may_admit(self, address: str) -> bool:
+        """Whether any request of a connection from this address can pass the allowlist.
+
+        A trusted proxy's can, as it vouches for others. An empty address is a peer on a Unix
+        socket.
+        """
+        connection = {"REMOTE_ADDR": address}
+        return self.trusts_peer(connection) or _within(
+            _socket_peer(connection), self._settings.ip_allowlist
+        )
+
     def is_preflight(self, environ: Environ) -> bool:
         """Whether this is a CORS preflight from an allowed origin."""
         return (

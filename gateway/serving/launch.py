@@ -19,7 +19,8 @@ from flask import Flask
 from gevent.event import Event
 from gevent.pool import Pool
 
-from gateway.serving import logs
+from gateway import stderr
+from gateway.serving import descriptors, logs
 from gateway.settings import Settings, SettingsError, load, read_environment, warnings
 from gateway.state import check_redis, open_sqlite, sqlite_path
 
@@ -169,6 +170,7 @@ def serve_gevent(settings: Settings) -> None:
     logging.config.dictConfig(logs.configuration(settings.log_level, settings.log_format))
     for warning in warnings():
         logger.warning("%s", warning)
+    descriptors.raise_limit()
     app = create_app(settings)
     parts = app.extensions["gateway"]
     pool = Pool(WORKER_CONNECTIONS)
@@ -176,6 +178,7 @@ def serve_gevent(settings: Settings) -> None:
     stopping = Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(sig, stopping.set)
+    stderr.start()
     parts.start()
     server.start()
     logger.info("Worker ready (pid: %s)", os.getpid())

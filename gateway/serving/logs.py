@@ -6,6 +6,7 @@ import json
 import logging
 from typing import Any
 
+from gateway import stderr
 from gateway.clock import timestamp
 
 LEVELS = {"error": "ERROR", "warn": "WARNING", "info": "INFO", "debug": "DEBUG"}
@@ -35,13 +36,26 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
+class Handler(logging.Handler):
+    """Writes each line to :mod:`gateway.stderr`. Needs no lock, as that is safe by itself."""
+
+    def createLock(self) -> None:
+        self.lock = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            stderr.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
+
+
 def configuration(level: str, form: str) -> dict[str, Any]:
     """A configuration for ``logging.config.dictConfig``.
 
     ``level`` and ``form`` are the values of ``LOG_LEVEL`` and ``LOG_FORMAT``.
     """
     formatter = JsonFormatter if form == "json" else TextFormatter
-    handler = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
+    handler = {"()": Handler, "formatter": "line"}
     chosen = LEVELS[level]
     return {
         "version": 1,

@@ -19,6 +19,13 @@ logger = logging.getLogger(__name__)
 
 Environ = dict[str, Any]
 
+#: Seconds for which a client may take no byte of its response before its connection is closed.
+SEND_TIMEOUT = 60.0
+
+
+class ClientStalled(TimeoutError):
+    """The client has not read its response for SEND_TIMEOUT seconds."""
+
 
 class Response:
     """One response of the application, which :meth:`send` runs.
@@ -43,8 +50,8 @@ class Response:
 
         If the application fails before the head was sent, the client gets a 500. If it fails later,
         the response is cut off, so that no client mistakes it for a complete one. Raises
-        ConnectionEnded in both cases, and whatever the socket raises when the client has
-        disconnected.
+        ConnectionEnded in both cases, ClientStalled, and whatever the socket raises when the client
+        has disconnected.
         """
         result = None
         try:
@@ -54,13 +61,13 @@ class Response:
             if not self._head_sent:
                 self.write(b"")
             if self._chunked:
-                self._socket.sendall(b"0\r\n\r\n")
+                send_all(self._socket, b"0\r\n\r\n")
         except (ConnectionEnded, OSError, GreenletExit):
             raise
         except Exception as fault:
             logger.error("the WSGI application failed", exc_info=fault)
             if not self._head_sent:
-                self._socket.sendall(final_response(InternalError(), self._environ))
+                send_all(self._socket, final_response(InternalError(), self._environ))
             raise ConnectionEnded from None
         finally:
             close = getattr(result, "close", None)
@@ -75,13 +82,12 @@ class Response:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
         if not self._head_sent:
             self._head_sent = True
-            self._socket.settimeout(None)
             if self._chunked or len(piece) <= READ_BYTES:
                 piece = self._head + piece
             else:
-                self._socket.sendall(self._head)
+                send_all(self._socket, self._head)
         if piece:
-            self._socket.sendall(piece)
+            send_all(self._socket, piece)
 
     def _start(self, status: str, headers: Headers, exc_info: Any = None) -> Any:
         """WSGI's ``start_response``."""
@@ -105,6 +111,19 @@ class Response:
             more.append(("Connection", "keep-alive"))
         self._head = _head(status, headers + more)
         return self.write
+
+
+def send_all(sock: Any, data: bytes) -> None:
+    """Send all of ``data``. Raises ClientStalled if the client takes no byte for SEND_TIMEOUT."""
+    sock.settimeout(SEND_TIMEOUT)
+    try:
+        sent = sock.send(data)
+        if sent < len(data):
+            rest = memoryview(data)[sent:]
+            while rest:
+                rest = rest[sock.send(rest) :]
+    except TimeoutError:
+        raise ClientStalled from None
 
 
 def final_response(error: GatewayError, environ: Environ) -> bytes:

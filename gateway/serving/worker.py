@@ -15,6 +15,8 @@ import gevent
 from gunicorn import glogging
 from gunicorn.workers.ggevent import GeventWorker
 
+from gateway import stderr
+from gateway.serving import descriptors
 from gateway.serving.connection import Server, drain
 from gateway.settings import warnings
 
@@ -48,12 +50,14 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         parts = self.wsgi.extensions["gateway"]
+        stderr.start()
         parts.start()
         self.log.info("Worker ready (pid: %s)", self.pid)
         try:
             super().run()
         finally:
             parts.stop()
+            stderr.flush()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Drain on SIGTERM: accept no more connections, and see :func:`.connection.drain`."""
@@ -64,14 +68,15 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 
 def on_starting(server: Any) -> None:
-    """Log warnings about the settings, create the directory of the metrics' counter files, and
-    import what the workers need.
+    """Log warnings about the settings, raise the limit of open files, create the directory of the
+    metrics' counter files, and import what the workers need.
 
     Directories of masters that died without cleaning up are removed. The workers share the memory
     of what is imported here.
     """
     for warning in warnings():
         server.log.warning("%s", warning)
+    descriptors.raise_limit()
     root = Path(tempfile.gettempdir())
     for stale in root.glob(f"{_METRICS_PREFIX}*"):
         pid = stale.name.removeprefix(_METRICS_PREFIX).partition("-")[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import client_faults as client
 from tests.faults import clock_faults as clock
 from tests.faults import dependency_faults as dependency
 from tests.faults import network_faults as network
@@ -43,6 +44,11 @@ FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "clock-redis": clock.jumps_with_redis,
     "descriptors": process.descriptors_exhausted,
     "upstream-descriptors": process.upstream_descriptors_exhausted,
+    "slow-reader": client.slow_reader,
+    "unread-events": client.unread_events,
+    "flood": client.flood_with_full_stderr,
+    "abandoned": client.abandoned,
+    "silent": client.silent,
 }
 _TITLES = ("fault", "lost", "recovery")
 

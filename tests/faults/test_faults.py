@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import campaign
+from tests.faults import client_faults as client
 from tests.faults import dependency_faults as dependency
 from tests.faults import process_faults as process
 from tests.faults.harness import Row
@@ -22,6 +23,7 @@ FAULTS: dict[str, Callable[[Path, Simulator], Row]] = {
     "deadline": lambda folder, simulator: process.deadline(folder, simulator, 4),
     "worker": lambda folder, simulator: process.worker_killed(folder, simulator, 8),
     "streams": lambda folder, _: dependency.killed_during_streams(folder, 6),
+    "flood": lambda folder, simulator: client.flood_with_full_stderr(folder, simulator, 1200),
     "requests": lambda folder, _: dependency.killed_while_requests_wait(folder, 6),
 }
 

@@ -40,11 +40,12 @@ SEEDS = (
 WORDS = (
     b"\r\n", b"\n", b"\r", b"\x00", b" ", b"\t", b":", b";", b",", b"=", b'"', b"\x0b", b"\x7f",
     b"\xff", b"#", b"?", b"//", b"*", b"%00", b"@", b"0", b"00", b"+1", b"-1", b"0x5", b"1_0", b"5",
-    b"Content-Length: 5\r\n", b"Content-Length: 11\r\n", b" ;a", b"Content-Length:\r\n", b"Host: other\r\n",
+    b"Content-Length: 5\r\n", b"Content-Length: 11\r\n", b"Content-Length:\r\n", b"Host: other\r\n",
     b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n", b"chunked", b"gzip, ",
     b"Transfer_Encoding: chunked\r\n", b"Transfer-Encoding : chunked\r\n", b" folded\r\n", b"GET ",
     b"Expect: 100-continue\r\n", b"Connection: close\r\n", b"0\r\n\r\n", b"HTTP/1.0", b"HTTP/1.1",
-    b"HTTP/2.0", b"X-A: \xe9\r\n", b"X_Under: score\r\n", b";a", b";a=b", b"QUERY", b"GET / ",
+    b"HTTP/2.0", b"X-A: \xe9\r\n", b"X_Under: score\r\n", b";a", b" ;a", b";a=b", b"QUERY",
+    b"GET / ",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ LAYERS = (
     "sse",
     "sockets",
     "throttle",
+    "stderr",
     "clock",
     "errors",
     "version",

@@ -236,6 +236,23 @@ def test_a_unix_peer_is_admitted_if_all_are_or_as_a_trusted_proxy(
     assert is_admitted(gate, environ(peer="", HTTP_X_FORWARDED_FOR=forwarded)) is admitted
 
 
+@pytest.mark.parametrize(
+    ("address", "settings", "admitted"),
+    [
+        ("192.0.2.1", {}, True),
+        ("192.0.2.1", {"IP_ALLOWLIST": "192.0.2.0/24"}, True),
+        ("192.0.2.1", {"IP_ALLOWLIST": "10.0.0.1"}, False),
+        ("192.0.2.1", {"IP_ALLOWLIST": "10.0.0.1", "TRUSTED_PROXIES": "192.0.2.1"}, True),
+        ("", {"IP_ALLOWLIST": "10.0.0.1"}, False),
+        ("", {"IP_ALLOWLIST": "10.0.0.1", "TRUSTED_PROXIES": "unix"}, True),
+    ],
+)
+def test_which_peers_can_be_admitted_at_all(
+    address: str, settings: dict[str, str], admitted: bool
+) -> None:
+    assert access(**settings).may_admit(address) is admitted
+
+
 # Request ids and CORS
 
 

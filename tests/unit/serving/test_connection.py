@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.serving import response
 from gateway.serving.parsing import MAX_HEAD, RequestRejected, parse
 from gateway.serving.reading import ConnectionEnded, RequestBody, RequestReader
 from gateway.serving.response import Response
@@ -325,3 +326,29 @@ def test_100_continue_is_sent_once_and_only_when_the_body_is_read() -> None:
     assert sent == []
     assert (body.read(1), body.read(1), body.read()) == (b"a", b"b", b"c")
     assert len(sent) == 1
+
+
+def test_a_client_that_does_not_read_ends_its_response(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = pair
+    monkeypatch.setattr(response, "SEND_TIMEOUT", 0.1)
+    closed: list[bool] = []
+
+    class Endless(Iterator[bytes]):
+        def __next__(self) -> bytes:
+            return b"x" * 65536
+
+        def close(self) -> None:
+            closed.append(True)
+
+    def application(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return Endless()
+
+    environ: dict[str, Any] = {}
+    parse(b"GET / HTTP/1.1\r\nHost: h", environ)
+    body = RequestBody(RequestReader(server), 0)
+    with pytest.raises(response.ClientStalled):
+        Response(server, environ, body, True).send(application)
+    assert closed == [True]
