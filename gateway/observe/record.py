@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+#: Characters of a model's name and of a path that are kept: clients choose them.
+MAX_NAME, MAX_PATH = 200, 500
+
 
 @dataclass
 class Record:
@@ -36,6 +39,14 @@ class Record:
     tokens: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.path = self.path[:MAX_PATH]
+
+    def set_models(self, requested: str | None, sent: str) -> None:
+        """Set the model that the client named (None: it named none) and the one sent upstream, of
+        which only the beginning is kept."""
+        self.requested_model, self.model = (requested or "")[:MAX_NAME], sent[:MAX_NAME]
 
     @property
     def failed(self) -> bool:

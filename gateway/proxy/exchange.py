@@ -137,8 +137,7 @@ class Proxy:
                 return bodies.stream_body(environ, self._max_body_bytes), False
             content = bodies.read_body(environ, self._max_body_bytes, share)
             prepared = injection.prepare(endpoint, content, self._store.active)
-            record.requested_model = prepared.requested_model or ""
-            record.model = prepared.model
+            record.set_models(prepared.requested_model, prepared.model)
             record.stream = prepared.stream
             return prepared.body, prepared.added_usage
         finally:
