@@ -21,7 +21,9 @@ MAX_ERROR_BYTES = 65536
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _STARTS_WITH_ERROR = re.compile(rb'\s*\{\s*"(?:error|type"\s*:\s*"error)"')
 _UNKNOWN_ENDPOINT = re.compile(r"unexpected endpoint or method", re.IGNORECASE)
-_TAGS = re.compile(r"<(?:style|script)\b.*?</(?:style|script)>|<[^>]*>", re.DOTALL | re.IGNORECASE)
+#: Where text that is not shown begins or ends, and any other tag.
+_HIDING = re.compile(r"<(/?)(?:style|script)\b[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(r"<[^<>]*>")
 
 
 def starts_like_error(first: bytes) -> bool:
@@ -114,8 +116,16 @@ def _parse(content: bytes) -> Any:
 
 
 def _plain_text(content: bytes) -> str:
-    text = _TAGS.sub(" ", content.decode("utf-8", "replace"))
-    return " ".join(text.split())[:2000]
+    text = content.decode("utf-8", "replace")
+    shown = []
+    start, hidden = 0, False
+    for tag in _HIDING.finditer(text):
+        if not hidden:
+            shown.append(text[start : tag.start()])
+        start, hidden = tag.end(), not tag[1]
+    if not hidden:
+        shown.append(text[start:])
+    return " ".join(_TAG.sub(" ", " ".join(shown)).split())[:2000]
 
 
 def decode(content: bytes, coding: str | None) -> bytes | None:

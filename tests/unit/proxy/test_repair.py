@@ -11,6 +11,7 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.proxy import repair
+from tests.cpu_time import cpu_limit
 
 UNEXPECTED = "Unexpected endpoint or method. (POST /v1/images/generations)"
 
@@ -95,6 +96,8 @@ def test_the_members_of_an_error_object_are_kept() -> None:
         (b"[]", "[]"),
         (b"<html><style>p{}</style><h1>Bad</h1>\n<p>Gateway</p></html>", "Bad Gateway"),
         (b"caf\xe9", "caf\ufffd"),
+        (b"<STYLE a='b'>p</style >x<script>1<b>2</script>y<style>never shown", "x y"),
+        (b"1 < 2 <b>3</b>", "1 < 2 3"),
     ],
 )
 def test_an_error_body_that_no_dialect_knows_is_wrapped(content: bytes, message: str) -> None:
@@ -121,6 +124,12 @@ def test_a_compressed_error_is_decoded(encoding: str, encode: Any) -> None:
 @pytest.mark.parametrize("encoding", ["br", "gzip", "deflate", "zstd"])
 def test_an_error_in_an_unknown_or_broken_coding_is_left_as_it_is(encoding: str) -> None:
     assert wrapped_error(500, b"\x00not that coding", encoding) is None
+
+
+@pytest.mark.parametrize("part", [b"<", b"<style>", b"<script", b"</style>", b"<p", b" "])
+def test_the_work_for_a_page_grows_with_its_size(part: bytes) -> None:
+    with cpu_limit(20):
+        wrapped_error(500, part * 400_000)
 
 
 def test_a_long_page_is_truncated() -> None:
