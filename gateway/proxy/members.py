@@ -7,6 +7,7 @@ sent.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from json.decoder import scanstring  # type: ignore[attr-defined]
@@ -25,8 +26,6 @@ _READ = frozenset({"model", "stream", "stream_options"})
 #: Stands for a value that was not read.
 UNREAD: Any = object()
 
-_MARK = b"\xef\xbb\xbf"
-
 
 class Members:
     """The members of a JSON object and their positions in the client's bytes.
@@ -38,7 +37,7 @@ class Members:
     def __init__(self, body: bytes) -> None:
         self._body = body
         self._text = ""
-        if body.startswith(_MARK):
+        if body.startswith(codecs.BOM_UTF8):
             raise _invalid("it begins with a byte-order mark (U+FEFF)")
         try:
             if len(body) > LARGE:
