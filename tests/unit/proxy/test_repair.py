@@ -136,6 +136,26 @@ def test_a_long_page_is_truncated() -> None:
     assert len(found(wrapped_error(500, b"<p>" + b"word " * 10_000)).message) <= 2000
 
 
+@pytest.mark.parametrize(
+    ("fields", "report"),
+    [
+        ({"message": "Unexpected token in: MARK"}, "(400 upstream_error): Unexpected token"),
+        ({"message": UNEXPECTED}, "(404 unknown_endpoint): Unexpected endpoint or method"),
+        ({"message": "MARK", "code": "my_code"}, "(400 my_code)"),
+        ({"message": "MARK", "code": "MARK MARK"}, "(400 unknown code)"),
+        ({"message": "MARK", "code": "x" * 65, "status": 503}, "(503 unknown code)"),
+        (
+            {"message": 'Invalid model identifier "MARK". MARK', "code": "model_not_found"},
+            "(400 model_not_found): Invalid model identifier",
+        ),
+    ],
+)
+def test_the_report_of_an_error_holds_known_words_only(fields: dict[str, Any], report: str) -> None:
+    error = found(embedded({"error": fields}))
+    assert error.message == fields["message"]
+    assert error.report == f"LM Studio responded with an error {report}"
+
+
 def test_an_error_inside_a_compressed_200_is_found() -> None:
     error = repair.embedded_error(
         gzip.compress(b'{"error":"Unexpected endpoint or method."}'), "gzip"
