@@ -68,7 +68,7 @@ class Record:
     def fail(self, reason: str) -> None:
         """Mark the exchange as failed. Only the first reason is kept; it is shown to operators."""
         if self.error is None:
-            self.error = reason
+            self.error = reason[:MAX_PATH]
 
     def finish(self, *, cancelled: bool = False) -> None:
         """End the exchange when its last byte is written or its client has disconnected.
