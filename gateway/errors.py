@@ -7,10 +7,22 @@ of the request's path: ``admin`` (flat), ``openai`` or ``anthropic``.
 from __future__ import annotations
 
 import json
+import re
 from http import HTTPStatus
 from typing import Any
 
 Headers = list[tuple[str, str]]
+
+#: Characters of an error's text in events and in the log.
+MAX_REPORT = 200
+
+_BRACKET = re.compile(r"[{\[]")
+#: Quoted parts of a text; one that is not closed goes to the end of the text.
+_QUOTED = re.compile(
+    r'"(?:[^"\\]|\\.)*+(?:"|$|\\$)|`[^`]*+(?:`|$)|“[^”]*+(?:”|$)|«[^»]*+(?:»|$)'
+    r"|(?<!\w)'(?:[^']|'(?=\w))*+(?:'|$)",
+    re.DOTALL,
+)
 
 #: Shorthand paths: each is served as ``/v1`` + path.
 SHORTHAND = frozenset(
@@ -61,6 +73,11 @@ class GatewayError(Exception):
             self.code = code
         if headers is not None:
             self.headers = headers
+
+    @property
+    def report(self) -> str:
+        """What events and the log say of the error."""
+        return self.message[:MAX_REPORT]
 
 
 class InternalError(GatewayError):
@@ -134,6 +151,13 @@ class Overloaded(GatewayError):
 
 class UpstreamTimeout(GatewayError):
     status, code = 504, "upstream_timeout"
+
+
+def without_quotes(text: str) -> str:
+    """Return the beginning of a foreign text for events and the log, without its quoted parts and
+    what follows a bracket, which may hold anything."""
+    plain = _BRACKET.split(text[: 10 * MAX_REPORT], maxsplit=1)[0]
+    return " ".join(_QUOTED.sub("", plain).split())[:MAX_REPORT].rstrip()
 
 
 def dialect_of(path: str) -> str:

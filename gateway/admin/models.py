@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gateway.errors import BadGateway, Conflict, GatewayError, NotFound
+from gateway.errors import BadGateway, Conflict, GatewayError, NotFound, without_quotes
 from gateway.lmstudio import Link, ServerRefused
 from gateway.lmstudio import load_config as loadconfig
 from gateway.state import Active, SharedStore
@@ -286,7 +286,7 @@ def _config(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _failed(operation: str, why: str, started: float) -> dict[str, Any]:
-    return {"operation": operation, "error": why, "totalTimeMs": _since(started)}
+    return {"operation": operation, "error": without_quotes(why), "totalTimeMs": _since(started)}
 
 
 def _taken(instance: str) -> Conflict:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
-from gevent.queue import Queue
+import gevent.event
 
 from gateway import sse
 from gateway.admin.models import Emit
@@ -17,6 +18,32 @@ from gateway.request import ClientDisconnected, cancellation
 from gateway.sse import HEARTBEAT, KEEP_ALIVE
 
 Event = tuple[str, dict[str, Any]]
+
+
+class Events:
+    """The events that wait for the client to read them: of progress at most the newest."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Event] = deque()
+        self._arrived = gevent.event.Event()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, event: Event) -> None:
+        """Add an event; progress replaces progress that waits."""
+        if self._waiting and event[0].endswith("_progress") and self._waiting[-1][0] == event[0]:
+            self._waiting.pop()
+        self._waiting.append(event)
+        self._arrived.set()
+
+    def get(self, timeout: float | None) -> Event | None:
+        """Wait for an event and take it; returns None after ``timeout`` seconds without one."""
+        if not self._waiting:
+            self._arrived.clear()
+            if not self._arrived.wait(timeout):
+                return None
+        return self._waiting.popleft()
 
 
 class Operation:
@@ -30,7 +57,7 @@ class Operation:
 
     def __init__(self, work: Callable[[Emit], Any], publish: Emit) -> None:
         self._publish = publish
-        self._events: Queue[Event] = Queue()
+        self._events = Events()
         self._result: dict[str, Any] = {}
         self._error: BaseException | None = None
         self._worker = gevent.spawn(self._run, work)
@@ -89,9 +116,8 @@ class Operation:
         watch = cancellation.watch(environ, lambda: self._events.put(self._DISCONNECTED))
         try:
             while True:
-                try:
-                    event = self._events.get(timeout=heartbeat)
-                except gevent.queue.Empty:
+                event = self._events.get(heartbeat)
+                if event is None:
                     yield None
                     continue
                 if event is self._DISCONNECTED:

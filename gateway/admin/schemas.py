@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from typing import Any
 
 from marshmallow import INCLUDE, Schema, ValidationError, fields, validate, validates_schema
 
 from gateway.errors import BadRequest
+
+#: Details of a validation error, at most, and the characters of a client's field name in it.
+MAX_DETAILS, MAX_NAME = 20, 512
 
 CACHE_TYPES = ("f32", "f16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -54,6 +58,19 @@ class _CacheType(fields.Field[Any]):
         raise ValidationError(f"Must be one of {', '.join(CACHE_TYPES)}, or false.")
 
 
+class _Items(fields.List[Any]):
+    """A list whose length is checked before its items are."""
+
+    def __init__(self, item: fields.Field[Any], most: int) -> None:
+        super().__init__(item, validate=validate.Length(max=most))
+        self._most = most
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(value, list) and len(value) > self._most:
+            raise ValidationError(f"Longer than maximum length {self._most}.")
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
 class _Strict(Schema):
     """A schema whose error for an unknown field suggests the nearest known one."""
 
@@ -65,7 +82,10 @@ class _Strict(Schema):
         if not isinstance(original, dict):
             return
         known = list(self.fields)
-        problems = {name: [_unknown(name, known)] for name in original if name not in self.fields}
+        names = (name for name in original if name not in self.fields)
+        # each takes a comparison with every known name
+        unknown = list(itertools.islice(names, MAX_DETAILS))
+        problems = {name[:MAX_NAME]: [_unknown(name[:MAX_NAME], known)] for name in unknown}
         if problems:
             raise ValidationError(problems)
 
@@ -120,7 +140,7 @@ class GpuSchema(_Strict):
     )
     mainGpu = _whole(0, 1024, "The GPU to fill first.")
     splitStrategy = fields.String(validate=validate.OneOf(["evenly", "favorMainGpu"]))
-    disabledGpus = fields.List(_whole(0, 1024))
+    disabledGpus = _Items(_whole(0, 1024), 1024)
 
 
 class LoadConfigSchema(_Strict):
@@ -151,7 +171,7 @@ class DefaultInferenceSchema(_Strict):
     topP = _number(0, 1)
     topK = _whole(0, 2**31 - 1)
     repeatPenalty = _number(0, 10)
-    stopStrings = fields.List(_text(), validate=validate.Length(max=64))
+    stopStrings = _Items(_text(), 64)
     stream = _flag()
 
 
@@ -187,11 +207,12 @@ class DeactivateSchema(_Strict):
 
 
 def parse(schema: Schema, body: Any) -> dict[str, Any]:
-    """Return the validated body; BadRequest with a detail (path and message) for each problem."""
+    """Return the validated body; BadRequest with a detail (path and message) for each problem,
+    at most MAX_DETAILS of them."""
     try:
         loaded: dict[str, Any] = schema.load(body)
     except ValidationError as error:
-        details = _details(error.messages, [])
+        details = _details(error.messages, [])[:MAX_DETAILS]
         raise BadRequest("Validation failed", details=details) from None
     return loaded
 

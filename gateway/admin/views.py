@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 from typing import Any
 
@@ -13,6 +14,9 @@ from gateway.admin.models import Emit, Models
 from gateway.admin.operation import Operation
 from gateway.errors import BadRequest, loads
 from gateway.request import REQUEST_ID, bodies
+
+#: Bytes of a body, at most.
+MAX_BODY_BYTES = 1 << 20
 
 blueprint = Blueprint("admin", __name__, url_prefix="/admin")
 
@@ -51,6 +55,21 @@ def deactivate() -> dict[str, Any]:
     return _models().deactivate(_publisher())
 
 
+def parse_body(content: bytes) -> Any:
+    """Parse the JSON of a body; BadRequest (``invalid_json``) if it is malformed."""
+    fault = ""
+    if content.startswith(codecs.BOM_UTF8):
+        fault = ": it begins with a byte-order mark (U+FEFF)"
+    else:
+        try:
+            return loads(content.decode())
+        except RecursionError:
+            fault = ": it is nested too deeply"
+        except ValueError:  # also for a number with too many digits
+            pass
+    raise BadRequest(f"The body is not valid JSON{fault}.", code="invalid_json")
+
+
 def _models() -> Models:
     models: Models = current_app.extensions["gateway"].models
     return models
@@ -74,15 +93,11 @@ def _publisher() -> Emit:
 
 
 def _body(*, optional: bool = False) -> Any:
-    content = bodies.read_body(
-        request.environ, current_app.extensions["gateway"].settings.max_body_bytes
-    )
+    allowed = current_app.extensions["gateway"].settings.max_body_bytes
+    content = bodies.read_body(request.environ, min(allowed, MAX_BODY_BYTES))
     if optional and not content.strip():
         return {}
-    try:
-        return loads(content.decode())
-    except (ValueError, RecursionError):
-        raise BadRequest("The body is not valid JSON.", code="invalid_json") from None
+    return parse_body(content)
 
 
 def _wants_events() -> bool:

@@ -23,7 +23,7 @@ def models(gateway: Remote, as_json: bool) -> None:
 
     raw = gateway.get("/admin/models")
     if as_json:
-        click.echo(raw)
+        terminal.echo_json(raw)
     else:
         terminal.show(terminal.listing(json.loads(raw)))
 
@@ -61,7 +61,7 @@ def load(gateway: Remote, as_json: bool, model: str, **options: Any) -> None:
         terminal.echo_error(f"Interrupted: the gateway cancels the load of {model}.")
         raise
     if as_json:
-        click.echo(raw)
+        terminal.echo_json(raw)
         return
     result = json.loads(raw)
     active = "active" if result["activated"] else "not activated"
@@ -126,7 +126,7 @@ def _print_result(raw: bytes, as_json: bool, text: str) -> None:
     from gateway.commands import terminal
 
     if as_json:
-        click.echo(raw)
+        terminal.echo_json(raw)
     else:
         terminal.echo(text.format_map(json.loads(raw)))
 

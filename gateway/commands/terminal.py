@@ -33,6 +33,15 @@ def echo(text: str) -> None:
     click.echo(clean(text))
 
 
+def echo_json(text: str | bytes) -> None:
+    """Print the gateway's JSON: unchanged, but on a terminal with control characters escaped."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        # JSON has them nowhere but in strings
+        text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    click.echo(text)
+
+
 def show(view: RenderableType) -> None:
     """Print a table or line made by a function below, without wrapping lines."""
     _console().print(view, soft_wrap=isinstance(view, Text))

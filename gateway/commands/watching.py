@@ -30,7 +30,7 @@ def events(gateway: Remote, as_json: bool, types: str) -> None:
     for event in gateway.follow(types, terminal.echo_error):
         if as_json:
             names = f'"id":{json.dumps(event.id)},"event":{json.dumps(event.name)}'
-            click.echo(f'{{{names},"data":{event.data}}}')
+            terminal.echo_json(f'{{{names},"data":{event.data}}}')
         else:
             terminal.show(terminal.event(event.name, json.loads(event.data)))
 
@@ -43,7 +43,7 @@ def status(gateway: Remote, as_json: bool) -> None:
 
     raw = gateway.get("/debug/status")
     if as_json:
-        click.echo(raw)
+        terminal.echo_json(raw)
         return
     status = json.loads(raw)
     health = json.loads(gateway.get("/health"))
@@ -78,10 +78,10 @@ def top(gateway: Remote, as_json: bool, once: bool, interval: float) -> None:
     from gateway.commands import terminal
 
     if as_json:
-        click.echo(gateway.get("/debug/status"))
+        terminal.echo_json(gateway.get("/debug/status"))
         while not once:
             time.sleep(interval)
-            click.echo(gateway.get("/debug/status"))
+            terminal.echo_json(gateway.get("/debug/status"))
         return
     views = _views(gateway, interval)
     if once:

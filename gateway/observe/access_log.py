@@ -17,10 +17,11 @@ from gevent.event import Event
 
 from gateway import stderr
 from gateway.clock import timestamp
-from gateway.observe.record import Record, milliseconds
+from gateway.observe.record import MAX_PATH, Record, milliseconds
 
-#: Lines queued for writing; beyond that the oldest are dropped.
-MAX_LINES = 50_000
+#: Lines queued for writing; beyond that the oldest are dropped. No text in a line is longer than
+#: MAX_PATH.
+MAX_LINES = 10_000
 #: Seconds for which lines are collected before they are written together.
 COLLECT_SECONDS = 0.05
 
@@ -61,7 +62,8 @@ class AccessLog:
 
     def log_request(self, entry: dict[str, Any]) -> None:
         """Log any other request; ``entry`` has fields of :meth:`_entry`, without a timestamp."""
-        self._put({**entry, "timestamp": time.time()})
+        path = entry["path"][:MAX_PATH]
+        self._put({**entry, "path": path, "timestamp": time.time()})
 
     def _put(self, entry: Record | dict[str, Any]) -> None:
         if self._enabled:

@@ -22,8 +22,13 @@ from gateway.state import Batch, SharedStore, StoreError, merge
 
 #: Events that one worker queues while the store is unavailable; beyond that the oldest are dropped.
 MAX_QUEUED = 20_000
-#: Events written in one batch, and seconds for which a batch is collected.
+#: Characters of all of them.
+MAX_QUEUED_SIZE = 32 << 20
+#: Characters of one event; a larger one loses its objects and lists.
+MAX_EVENT_SIZE = 16 << 10
+#: Events written in one batch, their characters, and seconds for which a batch is collected.
 MAX_BATCH = 2_000
+MAX_BATCH_SIZE = 4 << 20
 COLLECT_SECONDS = 0.05
 #: Seconds between two checks for operations whose worker has died.
 LOST_CHECK_SECONDS = 1.0
@@ -52,7 +57,10 @@ _ENDS = {"inference_complete", "model_load_complete", "error"}
 
 logger = logging.getLogger(__name__)
 
-_Queued = tuple[str, dict[str, Any], Moment, str]
+#: An event, its data, moment, operation and size.
+_Queued = tuple[str, dict[str, Any], Moment, str, int]
+#: The size of the events of an exchange, at most: a :class:`.Record` bounds its texts.
+_INFERENCE_SIZE = 1_024
 
 
 class EventBus:
@@ -62,10 +70,14 @@ class EventBus:
         self._store = store
         self._on_drop = on_drop
         self._queue: deque[_Queued] = deque()
+        self._queued_size = 0
         self._wakeup = Event()
         self._dropped = 0
         #: Operations whose end event was dropped; they must not stay in flight forever.
         self._dropped_ends: set[str] = set()
+        #: Operations whose start event was dropped and that have not ended: the store does not know
+        #: them.
+        self._dropped_starts: set[str] = set()
         self._writer: gevent.Greenlet | None = None
         self._tail = Tail(store)
         #: Why the store rejects events; empty while it accepts them.
@@ -80,18 +92,26 @@ class EventBus:
         all workers.
         """
         moment = Moment.now()
+        size = _INFERENCE_SIZE
+        if not event.startswith("inference_"):
+            size = _size(data)
+            if size > MAX_EVENT_SIZE:
+                data = _without_objects(data)
+                size = _size(data)
         queue = self._queue
-        if len(queue) >= MAX_QUEUED:
+        while len(queue) >= MAX_QUEUED or self._queued_size + size > MAX_QUEUED_SIZE:
             self._drop_oldest()
-        queue.append((event, data, moment, operation))
+        queue.append((event, data, moment, operation, size))
+        self._queued_size += size
         if not self._wakeup.is_set():
             self._wakeup.set()
         return moment
 
     def update_in_flight(self, data: dict[str, Any], started: Moment, operation: str) -> None:
         """Replace what /debug/status shows of an exchange in flight; no event is published."""
-        if len(self._queue) < MAX_QUEUED // 2:
-            self._queue.append((_UPDATE, data, started, operation))
+        if len(self._queue) < MAX_QUEUED // 2 and self._queued_size < MAX_QUEUED_SIZE // 2:
+            self._queue.append((_UPDATE, data, started, operation, _INFERENCE_SIZE))
+            self._queued_size += _INFERENCE_SIZE
             self._wakeup.set()
 
     def start(self) -> None:
@@ -132,9 +152,15 @@ class EventBus:
             logger.warning("%d events were lost at shutdown", lost)
 
     def _drop_oldest(self) -> None:
-        event, _, _, operation = self._queue.popleft()
+        event, _, _, operation, size = self._queue.popleft()
+        self._queued_size -= size
         if operation and event in _ENDS:
-            self._dropped_ends.add(operation)
+            if operation in self._dropped_starts:
+                self._dropped_starts.remove(operation)
+            else:
+                self._dropped_ends.add(operation)
+        elif operation and event != _UPDATE:
+            self._dropped_starts.add(operation)
         if event != _UPDATE:
             self._dropped += 1
             self._on_drop(1)
@@ -172,8 +198,13 @@ class EventBus:
             batches.append(_batch("gap", {"missed": dropped}, Moment.now(), ""))
             batches.append(Batch(ended=self._dropped_ends))
             self._dropped_ends = set()
-        for _ in range(min(len(self._queue), MAX_BATCH)):
-            batches.append(_batch(*self._queue.popleft()))
+        total = 0
+        while self._queue and len(batches) < MAX_BATCH and total < MAX_BATCH_SIZE:
+            event, data, moment, operation, size = self._queue.popleft()
+            total += size
+            self._dropped_starts.discard(operation)
+            batches.append(_batch(event, data, moment, operation))
+        self._queued_size -= total
         return merge(batches)
 
     def _report_lost(self) -> None:
@@ -195,6 +226,29 @@ class EventBus:
                 continue
             self.publish("error", {"requestId": request_id, **error})
             self.publish("inference_complete", lost_completion(request_id, total_ms))
+
+
+def _size(value: Any) -> int:
+    """About how many characters a value takes as JSON."""
+    if isinstance(value, str):
+        return len(value) + 4
+    if isinstance(value, dict):
+        return sum(len(name) + _size(inner) for name, inner in value.items())
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return 16
+
+
+def _without_objects(data: dict[str, Any]) -> dict[str, Any]:
+    """The data of an event that is too large, with the beginnings of its texts, and with its
+    objects and lists empty."""
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict | list | str):
+            kept[name] = value[:1000] if isinstance(value, str) else type(value)()
+        else:
+            kept[name] = value
+    return kept
 
 
 def lost_completion(request_id: str, total_ms: int) -> dict[str, Any]:

@@ -25,6 +25,10 @@ RETRY_SECONDS = 0.5
 DELIVERY_SECONDS = 0.1
 #: Events that a worker keeps in memory for its readers, and the most that one read fetches.
 MAX_RECENT = 2_000
+#: Bytes of the events in memory, and again of those that were joined for several readers.
+MAX_RECENT_BYTES = 8 << 20
+#: Bytes after which a reader is written to before it gets further events.
+MAX_PIECE_BYTES = 256 << 10
 #: Readers of one worker; the next one gets 503.
 MAX_SUBSCRIBERS = 100
 
@@ -46,9 +50,11 @@ class Tail:
 
     def __init__(self, store: SharedStore) -> None:
         self._store = store
-        self._recent: deque[tuple[int, str, bytes]] = deque(maxlen=MAX_RECENT)
+        self._recent: deque[tuple[int, str, bytes]] = deque()
+        self._recent_bytes = 0
         #: Results of :meth:`frames_after` since the last change; most readers share a position.
         self._cache: dict[tuple[int, frozenset[str]], tuple[bytes, int]] = {}
+        self._cache_bytes = 0
         self._changed = Event()
         self._reader: gevent.Greenlet | None = None
         self.newest = 0
@@ -95,7 +101,7 @@ class Tail:
         return self._changed
 
     def frames_after(self, position: int, types: frozenset[str]) -> tuple[bytes, int]:
-        """The frames after a position, and the position after them."""
+        """Frames after a position, about MAX_PIECE_BYTES at most, and the position after them."""
         if position >= self.newest:
             return b"", position
         if not self._recent or self._recent[0][0] > position + 1:
@@ -104,7 +110,12 @@ class Tail:
         if found is None:
             # the ids in memory have no gaps
             entries = itertools.islice(self._recent, position + 1 - self._recent[0][0], None)
-            found = self._cache[position, types] = _join(entries, types), self.newest
+            found = _join(entries, types)
+            self._cache_bytes += len(found[0])
+            if self._cache_bytes > MAX_RECENT_BYTES:
+                self._clear_cache()
+                self._cache_bytes = len(found[0])
+            self._cache[position, types] = found
         return found
 
     def _from_store(self, position: int, types: frozenset[str]) -> tuple[bytes, int]:
@@ -119,8 +130,9 @@ class Tail:
         if stored[0].id > position + 1:
             missed = stored[0].id - position - 1
             gap = _frame(stored[0].id - 1, "gap", _gap(missed))
-        entries = [(event.id, event.type, _frame(*event)) for event in stored]
-        return gap + _join(entries, types), stored[-1].id
+        entries = ((event.id, event.type, _frame(*event)) for event in stored)
+        frames, last = _join(entries, types)
+        return gap + frames, last
 
     def _run_reader(self) -> None:
         while True:
@@ -140,8 +152,13 @@ class Tail:
     def _keep(self, stored: list[StoredEvent]) -> None:
         if stored[0].id != self.newest + 1:
             self._clear()
-        self._cache.clear()
-        self._recent.extend((event.id, event.type, _frame(*event)) for event in stored)
+        self._clear_cache()
+        for event in stored:
+            frame = _frame(*event)
+            self._recent.append((event.id, event.type, frame))
+            self._recent_bytes += len(frame)
+        while len(self._recent) > MAX_RECENT or self._recent_bytes > MAX_RECENT_BYTES:
+            self._recent_bytes -= len(self._recent.popleft()[2])
         self.newest = stored[-1].id
 
     def _check_for_new_log(self, oldest: int, newest: int) -> None:
@@ -152,7 +169,12 @@ class Tail:
 
     def _clear(self) -> None:
         self._recent.clear()
+        self._recent_bytes = 0
+        self._clear_cache()
+
+    def _clear_cache(self) -> None:
         self._cache.clear()
+        self._cache_bytes = 0
 
 
 class Subscription(Iterator[bytes | None]):
@@ -208,8 +230,19 @@ def _frame(event_id: int, event: str, data: bytes) -> bytes:
     return b"id: %d\nevent: %b\ndata: %b\n\n" % (event_id, event.encode(), data)
 
 
-def _join(entries: Iterable[tuple[int, str, bytes]], types: frozenset[str]) -> bytes:
-    return b"".join(frame for _, event, frame in entries if not types or event in types)
+def _join(entries: Iterable[tuple[int, str, bytes]], types: frozenset[str]) -> tuple[bytes, int]:
+    """Join the frames of some types, at least one entry and about MAX_PIECE_BYTES at most; returns
+    the id of the last entry that was looked at, too."""
+    frames = []
+    size = last = 0
+    for number, event, frame in entries:
+        last = number
+        if not types or event in types:
+            frames.append(frame)
+            size += len(frame)
+            if size >= MAX_PIECE_BYTES:
+                break
+    return b"".join(frames), last
 
 
 def _connected() -> bytes:

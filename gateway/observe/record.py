@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+#: Characters of a model's name and of a path that are kept: clients choose them.
+MAX_NAME, MAX_PATH = 200, 500
+
 
 @dataclass
 class Record:
@@ -37,6 +40,14 @@ class Record:
     error: str | None = None
     cancelled: bool = False
 
+    def __post_init__(self) -> None:
+        self.path = self.path[:MAX_PATH]
+
+    def set_models(self, requested: str | None, sent: str) -> None:
+        """Set the model that the client named (None: it named none) and the one sent upstream, of
+        which only the beginning is kept."""
+        self.requested_model, self.model = (requested or "")[:MAX_NAME], sent[:MAX_NAME]
+
     @property
     def failed(self) -> bool:
         return self.error is not None
@@ -57,7 +68,7 @@ class Record:
     def fail(self, reason: str) -> None:
         """Mark the exchange as failed. Only the first reason is kept; it is shown to operators."""
         if self.error is None:
-            self.error = reason
+            self.error = reason[:MAX_PATH]
 
     def finish(self, *, cancelled: bool = False) -> None:
         """End the exchange when its last byte is written or its client has disconnected.

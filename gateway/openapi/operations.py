@@ -28,7 +28,7 @@ ERRORS: dict[int, tuple[str, tuple[str, ...]]] = {
     404: ("The path, the model or the instance does not exist.", ()),
     408: ("The request body did not arrive in time.", ()),
     409: ("The request conflicts with the current state; do not retry it.", ("x-should-retry",)),
-    413: ("The request body is larger than `MAX_BODY_BYTES`.", ()),
+    413: ("The request body is larger than `MAX_BODY_BYTES`; under `/admin`, than 1 MiB.", ()),
     415: (
         "The body is not `application/json`, where no key is required (`unsupported_media_type`).",
         (),

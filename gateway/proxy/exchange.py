@@ -93,8 +93,10 @@ class Proxy:
         except Exception as error:
             if isinstance(error, Overloaded):
                 _throttle.warning(error.message, "a request got 503: %s", error.message)
-            record.status = error.status if isinstance(error, GatewayError) else 500
-            record.fail(str(error))
+            record.status, reason = 500, f"unexpected {type(error).__name__}"
+            if isinstance(error, GatewayError):
+                record.status, reason = error.status, error.report
+            record.fail(reason)
             record.finish(cancelled=isinstance(error, ClientDisconnected))
             raise
 
@@ -137,8 +139,7 @@ class Proxy:
                 return bodies.stream_body(environ, self._max_body_bytes), False
             content = bodies.read_body(environ, self._max_body_bytes, share)
             prepared = injection.prepare(endpoint, content, self._store.active)
-            record.requested_model = prepared.requested_model or ""
-            record.model = prepared.model
+            record.set_models(prepared.requested_model, prepared.model)
             record.stream = prepared.stream
             return prepared.body, prepared.added_usage
         finally:

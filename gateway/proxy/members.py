@@ -7,96 +7,126 @@ sent.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
+import gevent
+
 from gateway.errors import BadRequest
+from gateway.proxy import json_scan
+from gateway.proxy.json_scan import MAX_MEMBERS, Found
+
+#: Larger bodies are scanned piece by piece, and most of their values are not built.
+LARGE = 65536
+#: The members whose values :mod:`.injection` reads.
+_READ = frozenset({"model", "stream", "stream_options"})
+#: Stands for a value that was not read.
+UNREAD: Any = object()
 
 
 class Members:
     """The members of a JSON object and their positions in the client's bytes.
 
-    Raises BadRequest (``invalid_json``) for anything but a JSON object in UTF-8.
+    Raises BadRequest (``invalid_json``) for anything but a JSON object in UTF-8, for one with more
+    than 1,000 members, and for one that is nested too deeply.
     """
 
     def __init__(self, body: bytes) -> None:
         self._body = body
+        self._text = ""
+        if body.startswith(codecs.BOM_UTF8):
+            raise _invalid("it begins with a byte-order mark (U+FEFF)")
         try:
-            self._text = body.decode("utf-8")
-            self._spans = self._scan()
+            if len(body) > LARGE:
+                found = json_scan.scan(body, gevent.sleep)
+                values = {name: self._read(name, span) for name, span in found.spans.items()}
+            else:
+                self._text = body.decode("utf-8")
+                found, values = _scan(self._text)
         except UnicodeDecodeError:
             raise _invalid("not UTF-8") from None
         except RecursionError:
             raise _invalid("nested too deeply") from None
         except (ValueError, StopIteration) as fault:
             raise _invalid(str(fault) or "not JSON") from None
-        #: Parsed values by name, numbers as their text. The last one of duplicates counts.
-        self.values: dict[str, Any] = {name: span[0] for name, span in self._spans.items()}
+        self._opening, self._spans, self._empty = found
+        #: Values by name, numbers as their text; UNREAD where nobody asks for the value. The last
+        #: one of duplicates counts. A string of more than 64 KB has only its beginning here.
+        self.values: dict[str, Any] = values
 
     def with_injected(self, inject: dict[str, str]) -> bytes:
         """Return the body with members (name → JSON text) replaced or added; the very same bytes
         object if there are none."""
         if not inject:
             return self._body
-        # from the end, so that the offsets of earlier members stay valid
-        replaced = sorted((name for name in inject if name in self._spans), key=self._start)
-        body = self._body
-        for name in reversed(replaced):
-            start, end = self._byte_span(name)
-            body = body[:start] + _encode(inject[name]) + body[end:]
+        body = memoryview(self._body)
+        pieces: list[bytes | memoryview] = [body[: self._opening + 1]]
         added = [f'"{name}":{text}' for name, text in inject.items() if name not in self._spans]
-        if not added:
-            return body
-        opening = self._opening + 1
-        comma = "," if self._spans else ""
-        return body[:opening] + _encode(",".join(added) + comma) + body[opening:]
+        if added:
+            pieces.append(_encode(",".join(added) + ("" if self._empty else ",")))
+        position = self._opening + 1
+        for start, end, name in sorted((*self.span(n), n) for n in inject if n in self._spans):
+            pieces += [body[position:start], _encode(inject[name])]
+            position = end
+        return b"".join([*pieces, body[position:]])
 
     def raw(self, name: str) -> str:
         """Return a member's value as the client wrote it."""
-        _, start, end = self._spans[name]
-        return self._text[start:end]
+        start, end = self.span(name)
+        return self._body[start:end].decode()
 
-    def _start(self, name: str) -> int:
-        return self._spans[name][1]
-
-    def _byte_span(self, name: str) -> tuple[int, int]:
-        """Where a value starts and ends in the body, in bytes."""
-        _, start, end = self._spans[name]
-        if len(self._text) == len(self._body):
+    def span(self, name: str) -> tuple[int, int]:
+        """Return where a value starts and ends in the body, in bytes."""
+        start, end = self._spans[name]
+        if not self._text or len(self._text) == len(self._body):
             return start, end
         before = len(self._text[:start].encode())
         return before, before + len(self._text[start:end].encode())
 
-    def _scan(self) -> dict[str, tuple[Any, int, int]]:
-        """Return name → (value, start, end), with offsets in the text, of the outermost object."""
-        text = self._text
-        spans: dict[str, tuple[Any, int, int]] = {}
-        position = self._opening = _skip_whitespace(text, 0)
-        _expect("{", text, position)
-        position = _skip_whitespace(text, position + 1)
-        if text[position : position + 1] == "}":
-            self._expect_end(position + 1)
-            return spans
-        while True:
-            _expect('"', text, position)
-            name, position = scanstring(text, position + 1, True)
-            position = _skip_whitespace(text, position)
-            _expect(":", text, position)
-            start = _skip_whitespace(text, position + 1)
-            value, position = _scan_once(text, start)
-            spans[name] = (value, start, position)
-            position = _skip_whitespace(text, position)
-            if text[position : position + 1] == "}":
-                self._expect_end(position + 1)
-                return spans
-            _expect(",", text, position)
-            position = _skip_whitespace(text, position + 1)
+    def _read(self, name: str, span: tuple[int, int]) -> Any:
+        """Parse a value of a large body if it is needed."""
+        if name not in _READ:
+            return UNREAD
+        start, end = span
+        if end - start <= LARGE:
+            return _scan_once(self._body[start:end].decode(), 0)[0]
+        return json_scan.beginning(self._body, start) or UNREAD
 
-    def _expect_end(self, position: int) -> None:
-        if _skip_whitespace(self._text, position) != len(self._text):
-            raise ValueError("data after the object")
+
+def _scan(text: str) -> tuple[Found, dict[str, Any]]:
+    """Return the members of the outermost object, with offsets in characters, and their values."""
+    spans: dict[str, tuple[int, int]] = {}
+    values: dict[str, Any] = {}
+    opening = position = _skip_whitespace(text, 0)
+    _expect("{", text, position)
+    position = _skip_whitespace(text, position + 1)
+    if text[position : position + 1] == "}":
+        _expect_end(text, position + 1)
+        return Found(opening, spans, empty=True), values
+    for _ in range(MAX_MEMBERS):
+        _expect('"', text, position)
+        name, position = scanstring(text, position + 1, True)
+        position = _skip_whitespace(text, position)
+        _expect(":", text, position)
+        start = _skip_whitespace(text, position + 1)
+        values[name], position = _scan_once(text, start)
+        spans[name] = start, position
+        position = _skip_whitespace(text, position)
+        if text[position : position + 1] == "}":
+            _expect_end(text, position + 1)
+            json_scan.check_depth(text)
+            return Found(opening, spans, empty=False), values
+        _expect(",", text, position)
+        position = _skip_whitespace(text, position + 1)
+    raise json_scan.too_many()
+
+
+def _expect_end(text: str, position: int) -> None:
+    if _skip_whitespace(text, position) != len(text):
+        raise ValueError("data after the object")
 
 
 def _encode(text: str) -> bytes:

@@ -192,7 +192,7 @@ def _late_coded(
     if error is None:
         yield b"data: " + _as_data(decoded) + b"\n\n"
         return
-    record.fail(error.message)
+    record.fail(error.report)
     yield _error_event(error, dialect)
 
 
@@ -210,7 +210,7 @@ def abort_stream(
     if exchange.aborted and not exchange.abort_reason:
         raise ResponseAborted("the client disconnected")
     error = fault if isinstance(fault, GatewayError) else _stream_error(fault, exchange)
-    record.fail(error.message)
+    record.fail(error.report)
     # ends an event that the client has received only in part
     separator = b"" if tap.between_events else b"\n\n"
     yield separator + _error_event(error, dialect)

@@ -21,7 +21,33 @@ MAX_ERROR_BYTES = 65536
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _STARTS_WITH_ERROR = re.compile(rb'\s*\{\s*"(?:error|type"\s*:\s*"error)"')
 _UNKNOWN_ENDPOINT = re.compile(r"unexpected endpoint or method", re.IGNORECASE)
-_TAGS = re.compile(r"<(?:style|script)\b.*?</(?:style|script)>|<[^>]*>", re.DOTALL | re.IGNORECASE)
+#: Where text that is not shown begins or ends, and any other tag.
+_HIDING = re.compile(r"<(/?)(?:style|script)\b[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(r"<[^<>]*>")
+
+
+#: What LM Studio's errors are known to say. Whatever else is in them may quote the request.
+_KNOWN_WORDS = re.compile(
+    "unexpected endpoint or method|no models? loaded|invalid model identifier|model not found"
+    "|model (?:is |was )?unloaded|model does not exist|model has crashed|failed to load model"
+    "|insufficient (?:system )?(?:resources|memory)|context (?:overflow|size has been exceeded)"
+    "|(?:greater|longer|larger|more) than the context length|context length of [0-9]{1,9} tokens"
+    "|channel error|too many requests|unexpected token|invalid request|field is required",
+    re.IGNORECASE,
+)
+_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class UpstreamError(GatewayError):
+    """An error that LM Studio responded with. The client gets its words; events and the log get
+    only what can't be a part of the request."""
+
+    @property
+    def report(self) -> str:
+        words = _KNOWN_WORDS.search(self.message)
+        known = f": {words[0]}" if words else ""
+        code = self.code if _CODE.fullmatch(self.code) else "unknown code"
+        return f"LM Studio responded with an error ({self.status} {code}){known}"
 
 
 def starts_like_error(first: bytes) -> bool:
@@ -80,7 +106,7 @@ def _fits_dialect(parsed: Any, dialect: str) -> bool:
 def _error(message: str, status: int, fields: dict[str, Any]) -> GatewayError:
     code, param = fields.get("code"), fields.get("param")
     default = "unknown_endpoint" if status == 404 else "upstream_error"
-    return GatewayError(
+    return UpstreamError(
         message,
         status=status,
         code=code if isinstance(code, str) else default,
@@ -114,8 +140,16 @@ def _parse(content: bytes) -> Any:
 
 
 def _plain_text(content: bytes) -> str:
-    text = _TAGS.sub(" ", content.decode("utf-8", "replace"))
-    return " ".join(text.split())[:2000]
+    text = content.decode("utf-8", "replace")
+    shown = []
+    start, hidden = 0, False
+    for tag in _HIDING.finditer(text):
+        if not hidden:
+            shown.append(text[start : tag.start()])
+        start, hidden = tag.end(), not tag[1]
+    if not hidden:
+        shown.append(text[start:])
+    return " ".join(_TAG.sub(" ", " ".join(shown)).split())[:2000]
 
 
 def decode(content: bytes, coding: str | None) -> bytes | None:

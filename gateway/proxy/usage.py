@@ -12,12 +12,17 @@ from typing import Any
 
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_USAGE_TEXT = re.compile(r'"usage"\s*:\s*(?=\{)')
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _SOME_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\{')
 _decoder = json.JSONDecoder()
 
 #: Larger events are passed on unexamined.
 MAX_EVENT_BYTES = 1 << 20
+#: Up to this size an incomplete event is searched at each arrival.
+_SMALL_EVENT = 4096
+#: Malformed usage objects in a payload after which the search ends: each may be scanned to the end.
+_MAX_MALFORMED = 8
 
 
 class Tap:
@@ -30,8 +35,9 @@ class Tap:
 
     def __init__(self, *, remove_usage: bool) -> None:
         self._remove_usage = remove_usage
-        self._open = b""  # the event at the end that is not complete yet
+        self._open = bytearray()  # the event at the end that is not complete yet
         self._sent = 0  # how many bytes of it have been sent: all or none
+        self._searched = 0  # how many bytes of it there were when it was last searched
         self._last_sent = b""
         self.tokens: dict[str, int] = {}
 
@@ -42,62 +48,95 @@ class Tap:
 
     def feed(self, data: bytes) -> bytes:
         """Take an arrival; returns the bytes to send to the client now, perhaps none."""
-        whole = self._open + data if self._open else data
-        end = _last_end(whole)
-        complete = whole if end == len(whole) else whole[:end]
-        has_usage = _USAGE.search(complete) is not None
-        if has_usage:
-            self._count(complete)
-        out = self._filter(complete, whole[end:], has_usage) if self._remove_usage else data
-        self._open = whole[end:]
-        if len(self._open) > MAX_EVENT_BYTES:
-            self._open = self._open[-4:]
-            self._sent = len(self._open)
+        end = self._end_in(data)
+        out = self._complete(data if end == len(data) else data[:end]) if end else b""
+        if end < len(data):
+            self._open += data if not end else data[end:]
+            if self._remove_usage:
+                out += self._beginning()
+            if len(self._open) > MAX_EVENT_BYTES:
+                self._open = self._open[-4:]
+                self._sent = self._searched = len(self._open)
+        if not self._remove_usage:
+            out = data
         if out:
             self._last_sent = out[-4:] if len(out) >= 4 else (self._last_sent + out)[-4:]
         return out
 
     def flush(self) -> bytes:
         """Return the bytes that are still held back when the stream has ended."""
-        held = self._open[self._sent :] if self._remove_usage else b""
-        if _USAGE.search(self._open) is not None:
-            self._count(self._open)
-            if _NO_CHOICES.search(self._open):
-                held = b""
-        self._open = b""
-        return held
+        event = bytes(self._open)
+        held = event[self._sent :] if self._remove_usage else b""
+        self._open.clear()
+        return b"" if self._is_usage_chunk(event) else held
 
-    def _filter(self, complete: bytes, rest: bytes, has_usage: bool) -> bytes:
-        """Return the bytes to send of the complete events and of the incomplete one after them,
-        without the usage chunk."""
-        out = b""
-        if complete:
-            # The first event may have been sent in part. Then it is known not to be the usage
-            # chunk, and is still the first of those that are kept.
-            kept = _without_usage(complete) if has_usage else complete
-            out = kept[self._sent :] if self._sent else kept
-            self._sent = 0
-        if rest and self._is_not_usage(rest):
-            out += rest[self._sent :]
-            self._sent = len(rest)
-        return out
+    def _end_in(self, data: bytes) -> int:
+        """Return the offset in an arrival at which the last complete event ends; 0 if none does."""
+        if not self._open:
+            return _last_end(data)
+        # the mark between two events may have begun in earlier arrivals
+        before = bytes(self._open[-3:])
+        return max(0, _last_end(before + data) - len(before))
 
-    def _is_not_usage(self, event: bytes) -> bool:
-        return len(event) > MAX_EVENT_BYTES or _SOME_CHOICES.search(event) is not None
+    def _complete(self, data: bytes) -> bytes:
+        """Take the end of the open event, and further complete ones; returns what to send of
+        them."""
+        events = bytes(self._open) + data if self._open else data
+        sent, self._sent, self._searched = self._sent, 0, 0
+        self._open.clear()
+        # The first event may have been sent in part. Then it is known not to be the usage
+        # chunk, and is still the first of those that are kept.
+        kept = self._without_usage(events) if _USAGE.search(events) else events
+        return kept[sent:] if sent else kept
 
-    def _count(self, events: bytes) -> None:
-        for usage in usages(events):
+    def _without_usage(self, events: bytes) -> bytes:
+        """Count the tokens in a run of complete events; returns it without the usage chunk."""
+        kept = []
+        start = 0
+        for match in _EVENT_END.finditer(events):
+            event = events[start : match.end()]
+            start = match.end()
+            if not self._is_usage_chunk(event):
+                kept.append(event)
+        kept.append(events[start:])
+        return b"".join(kept)
+
+    def _is_usage_chunk(self, event: bytes) -> bool:
+        """Count the tokens in a complete event; returns whether it carries nothing but usage."""
+        if _USAGE.search(event) is None:
+            return False
+        for usage in usages(event):
             self.tokens.update(usage)
+        return _NO_CHOICES.search(event) is not None
+
+    def _beginning(self) -> bytes:
+        """Return what to send of the open event: what is not sent yet, once the event is known not
+        to be the usage chunk."""
+        size = len(self._open)
+        # a large event is not searched at each arrival, but each time that it has doubled
+        if not self._sent and (size <= _SMALL_EVENT or size >= 2 * self._searched):
+            self._searched = size
+            if _SOME_CHOICES.search(self._open) is None and size <= MAX_EVENT_BYTES:
+                return b""
+        elif not self._sent and size <= MAX_EVENT_BYTES:
+            return b""
+        rest = bytes(self._open[self._sent :])
+        self._sent = size
+        return rest
 
 
 def usages(payload: bytes) -> list[dict[str, int]]:
     """Return every usage object in a JSON or SSE payload, as ``promptTokens`` and
     ``completionTokens``."""
+    text = payload.decode("utf-8", "replace")
     found = []
-    for match in _USAGE.finditer(payload):
+    position = malformed = 0
+    while malformed < _MAX_MALFORMED and (match := _USAGE_TEXT.search(text, position)):
+        position = match.end()
         try:
-            usage, _ = _decoder.raw_decode(payload[match.end() :].decode("utf-8", "replace"))
+            usage, position = _decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
+            malformed += 1
             continue
         found.append(_tokens(usage))
     return found
@@ -116,19 +155,6 @@ def _tokens(usage: dict[str, Any]) -> dict[str, int]:
         if name in names and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             counts[names[name]] = value
     return counts
-
-
-def _without_usage(events: bytes) -> bytes:
-    """Remove the events that carry nothing but usage from a run of complete events."""
-    kept = []
-    start = 0
-    for match in _EVENT_END.finditer(events):
-        event = events[start : match.end()]
-        start = match.end()
-        if _USAGE.search(event) is None or _NO_CHOICES.search(event) is None:
-            kept.append(event)
-    kept.append(events[start:])
-    return b"".join(kept)
 
 
 def _last_end(data: bytes) -> int:

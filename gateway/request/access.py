@@ -294,11 +294,14 @@ def is_admin_path(path: str) -> bool:
     return path in _ADMIN_PATHS or path.startswith(_ADMIN_PREFIXES)
 
 
-@lru_cache(maxsize=4096)
 def _within(address: str, allowed: AddressSet) -> bool:
     """Whether an address is in a set; an IPv4-mapped IPv6 address counts as its IPv4 form."""
-    if allowed.everybody:
-        return True
+    # the address may come from a header, of any length; one with a zone has less than 64 characters
+    return allowed.everybody or (len(address) <= 64 and _is_listed(address, allowed))
+
+
+@lru_cache(maxsize=4096)
+def _is_listed(address: str, allowed: AddressSet) -> bool:
     try:
         ip = ipaddress.ip_address(address.partition("%")[0].strip("[]"))
     except ValueError:

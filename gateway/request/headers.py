@@ -105,9 +105,13 @@ def _add_forwarded(environ: Environ, headers: dict[str, str], trusted: bool) -> 
     headers.update((name, value) for name, value in forwarded.items() if value)
 
 
-@lru_cache(maxsize=1024)
 def _wire_name(key: str) -> str:
     """``HTTP_X_SOME_NAME`` → ``X-Some-Name``."""
+    return _cached_wire_name(key) if len(key) <= 64 else key[5:].replace("_", "-").title()
+
+
+@lru_cache(maxsize=1024)
+def _cached_wire_name(key: str) -> str:
     return key[5:].replace("_", "-").title()
 
 

@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -28,6 +27,14 @@ _REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 #: Headers that must not be repeated: recipients disagree about which of the two counts.
 SINGLE = frozenset({"CONTENT_LENGTH", "CONTENT_TYPE", "HTTP_HOST", "HTTP_TRANSFER_ENCODING"})
+
+#: The results of :func:`header_field`, with the most that there are and the longest line.
+_cache: dict[bytes, tuple[str, str]] = {}
+_MAX_CACHED, _MAX_CACHED_LINE = 2048, 256
+_NEVER_CACHED = frozenset(
+    {"HTTP_AUTHORIZATION", "HTTP_PROXY_AUTHORIZATION", "HTTP_X_API_KEY", "HTTP_COOKIE"}
+    | {"HTTP_X_FORWARDED_FOR", "HTTP_FORWARDED", "HTTP_X_REAL_IP", "HTTP_X_REQUEST_ID"}
+)
 
 
 class RequestRejected(GatewayError):
@@ -91,13 +98,24 @@ def _path(method: str, target: str) -> tuple[str, str]:
     return path or "/", query
 
 
-@lru_cache(maxsize=2048)
 def header_field(line: bytes) -> tuple[str, str]:
     """Parse a header line into its key in the environ and its value.
 
     The key is empty for a name with an underscore, which WSGI can't tell from one with a hyphen.
-    The results are cached, because clients send most header lines again with every request.
+    The results are cached, because clients send most header lines again with every request; but
+    neither long lines nor those with credentials or addresses.
     """
+    field = _cache.get(line)
+    if field is None:
+        field = _parse_field(line)
+        if len(line) <= _MAX_CACHED_LINE and field[0] not in _NEVER_CACHED:
+            if len(_cache) >= _MAX_CACHED:
+                _cache.clear()
+            _cache[line] = field
+    return field
+
+
+def _parse_field(line: bytes) -> tuple[str, str]:
     if len(line) > MAX_LINE:
         raise RequestRejected("A header is too long.", status=431)
     found = header_line(line)

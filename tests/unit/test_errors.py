@@ -145,3 +145,25 @@ def test_a_lone_surrogate_from_a_client_is_written_as_valid_json() -> None:
 def test_a_status_without_a_phrase_is_unknown() -> None:
     assert errors.status_line(499).startswith("499 ")
     assert errors.status_line(599) == "599 Unknown"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ('Failed to load "a \\"b\\" c": no memory', "Failed to load : no memory"),
+        ("It can't fit: 'it's a prompt' is `too` “long” for «it»", "It can't fit: is for"),
+        ('Unexpected token in: "{"a":"secret', "Unexpected token in:"),
+        ("an open 'quotation", "an open"),
+        ('an open "quotation\\', "an open"),
+        ("word " * 1000, ("word " * 40).strip()),
+        ('"' * 1_000_000, ""),
+        ("'a" * 1_000_000, ""),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_quoted_parts_are_removed_and_the_rest_is_cut(text: str, kept: str) -> None:
+    assert errors.without_quotes(text) == kept
+
+
+def test_the_report_of_an_error_is_cut() -> None:
+    assert GatewayError("x" * 1000).report == "x" * 200

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.admin import schemas
+from gateway.admin.views import parse_body
 from gateway.errors import BadRequest
 from gateway.lmstudio import load_config as loadconfig
+from tests.cpu_time import cpu_limit
 
 LOAD = schemas.LoadSchema()
 
@@ -208,3 +213,81 @@ def test_unload_needs_a_name() -> None:
 def test_deactivate_takes_no_fields() -> None:
     assert schemas.parse(schemas.DeactivateSchema(), {}) == {}
     assert details({"force": True}, schemas.DeactivateSchema())[0]["path"] == ["force"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"unknown-{n}": n for n in range(100_000)},
+        load_body(**{f"unknown-{n}": n for n in range(100_000)}),
+        load_body(gpu={"disabledGpus": ["x"] * 500_000}),
+        {"modelKey": "m", "defaultInference": {"stopStrings": [""] * 400_000}},
+        {"modelKey": "m", "defaultInference": {"stopStrings": [""] * 64}},
+        {"modelKey": "m", "x" * 1_000_000: 1},
+    ],
+    ids=lambda body: repr(body)[:40],
+)
+def test_a_large_wrong_body_gets_a_short_answer(body: dict[str, Any]) -> None:
+    with cpu_limit(20):
+        found = details(body)
+    assert len(found) <= 20
+    assert len(json.dumps(found)) < 20_000
+
+
+def test_names_have_at_most_512_characters() -> None:
+    schemas.parse(LOAD, {"modelKey": "m" * 512})
+    for field in ("modelKey", "instanceId"):
+        assert details({"modelKey": "m", field: "m" * 513})[0]["path"] == [field]
+
+
+NAMES = st.sampled_from(
+    [
+        "modelKey",
+        "instanceId",
+        "loadConfig",
+        "ttlSeconds",
+        "defaultInference",
+        "activate",
+        "gpu",
+        "ratio",
+        "layers",
+        "seed",
+        "contextLength",
+        "temperature",
+        "stopStrings",
+        "other",
+    ]
+)
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.text(max_size=3)
+    | st.sampled_from([10**400, -(10**400), 1e308, -1e308, 0.5, 10**20])
+    | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(JSON_VALUES, st.sampled_from(["Load", "Unload", "Activate", "Deactivate"]))
+def test_any_json_is_accepted_or_a_validation_error(body: Any, name: str) -> None:
+    with suppress(BadRequest):
+        json.dumps(schemas.parse(getattr(schemas, f"{name}Schema")(), body))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'\xef\xbb\xbf{"modelKey":"m"}', "byte-order mark"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"a":NaN}', "not valid JSON"),
+        (b'{"a":"\xff"}', "not valid JSON"),
+        (b"", "not valid JSON"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_malformed_body_is_invalid_json(content: bytes, words: str) -> None:
+    with pytest.raises(BadRequest, match=words) as caught:
+        parse_body(content)
+    assert caught.value.code == "invalid_json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +12,7 @@ import click
 import pytest
 
 from gateway.commands.options import load_body
-from gateway.commands.terminal import clean, members
+from gateway.commands.terminal import clean, echo_json, members
 
 MODEL = "qwen2-1.5b-instruct"
 
@@ -122,3 +124,32 @@ def test_importing_the_commands_imports_no_heavy_package() -> None:
     script = "import sys, gateway.commands; print({'requests', 'rich', 'flask'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"
+
+
+HOSTILE = "a\x9b31m\u202e\u2066\x7f\u061c\x1b[0m\U000e0001 ü模 [x]"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_json_on_a_terminal_has_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, as_bytes: bool
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    raw = json.dumps({HOSTILE: [HOSTILE]}, ensure_ascii=False)
+    echo_json(raw.encode() if as_bytes else raw)
+    printed = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert printed.removesuffix("\n").isprintable()
+    assert "ü模 [x]" in printed
+    assert json.loads(printed) == {HOSTILE: [HOSTILE]}
+
+
+def test_json_that_is_not_printed_on_a_terminal_is_unchanged(
+    capsysbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    raw = json.dumps({"a": HOSTILE}, ensure_ascii=False).encode()
+    echo_json(raw)
+    assert capsysbinary.readouterr().out == raw + b"\n"

@@ -13,9 +13,11 @@ import pytest
 
 from gateway.clock import elapsed_ms, timestamp
 from gateway.observe import EventBus
-from gateway.observe.events import MAX_QUEUED
+from gateway.observe.events import MAX_BATCH_SIZE, MAX_EVENT_SIZE, MAX_QUEUED, MAX_QUEUED_SIZE
 from gateway.observe.readers import (
+    MAX_PIECE_BYTES,
     MAX_RECENT,
+    MAX_RECENT_BYTES,
     MAX_SUBSCRIBERS,
     Subscription,
     Tail,
@@ -156,6 +158,48 @@ def test_an_exchange_whose_end_event_was_dropped_does_not_stay_in_flight(
     assert store.running == {}
 
 
+def test_events_that_were_dropped_whole_leave_no_trace(bus: EventBus, store: Store) -> None:
+    store.unavailable = True
+    for number in range(MAX_QUEUED * 3):
+        bus.publish("inference_start", {"requestId": "r"}, f"op-{number}")
+        bus.publish("inference_complete", {"requestId": "r"}, f"op-{number}")
+    assert len(bus._dropped_starts) <= 1
+    # those of the batch that the writer had taken already
+    assert len(bus._dropped_ends) <= 2000
+    store.unavailable = False
+    until(lambda: not bus._queue and not bus._unwritten)
+    assert store.running == {}
+
+
+def test_the_queue_is_bounded_in_size_too(store: Store) -> None:
+    dropped: list[int] = []
+    bus = EventBus(store, dropped.append)  # type: ignore[arg-type]
+    config = {f"name{n}": "x" * 100 for n in range(100)}
+    count = 2 * MAX_QUEUED_SIZE // 10_000
+    for _ in range(count):
+        bus.publish("model_activate", {"defaultInference": config})
+    kept = len(bus._queue)
+    assert kept == count - sum(dropped)
+    assert kept * 10_000 < MAX_QUEUED_SIZE < kept * 15_000
+    batches = 0
+    while bus._queue:
+        batch = bus._take()
+        batches += 1
+        assert sum(len(data) for _, data in batch.events) < 2 * MAX_BATCH_SIZE
+    assert batches > 5
+    assert bus._queued_size == 0
+
+
+def test_an_event_that_is_too_large_loses_its_objects(bus: EventBus, store: Store) -> None:
+    config = {"promptTemplate": ["x" * MAX_EVENT_SIZE]}
+    data = {"modelKey": "k" * 5000, "instanceId": None, "loadConfig": config, "stop": ["a"]}
+    bus.publish("model_load_start", data)
+    until(lambda: store.log)
+    (event,) = logged(store, "model_load_start")
+    assert event.pop("timestamp")
+    assert event == {"modelKey": "k" * 1000, "instanceId": None, "loadConfig": {}, "stop": []}
+
+
 def test_events_published_just_before_the_stop_are_stored(store: Store) -> None:
     bus = EventBus(store)  # type: ignore[arg-type]
     bus.start()
@@ -285,6 +329,31 @@ def test_a_slow_reader_gets_a_gap_and_holds_no_memory() -> None:
     missed = store.newest - MAX_RECENT
     assert f'"missed":{missed}'.encode() in text
     assert text.count(b"event: error") == MAX_RECENT
+    slow.close()
+
+
+def test_large_events_in_memory_are_bounded_in_bytes(
+    store: Store, read: Callable[..., Reader]
+) -> None:
+    tail = Tail(store)  # type: ignore[arg-type]
+    size = 100_000
+    data = b'"%b"' % (b"x" * size)
+    count = 3 * MAX_RECENT_BYTES // size
+    slow = tail.subscribe(None, NO_TYPES)
+    next(slow)
+    fast = read(tail)
+    for done in range(0, count, 20):
+        store.append(Batch([("error", data)] * 20))
+        until(lambda done=done: len(fast.ids()) == done + 20)
+        assert sum(len(frame) for _, _, frame in tail._recent) <= MAX_RECENT_BYTES
+        assert sum(len(frames) for frames, _ in tail._cache.values()) <= MAX_RECENT_BYTES
+    assert max(len(piece or b"") for piece in fast.pieces) < MAX_PIECE_BYTES + 2 * size
+    # what is no longer in memory comes from the store
+    text = b""
+    while b"id: %d\n" % store.newest not in text:
+        text += next(slow) or b""
+    assert text.count(b"event: error") == store.newest
+    assert b"event: gap" not in text
     slow.close()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.proxy import repair
+from tests.cpu_time import cpu_limit
 
 UNEXPECTED = "Unexpected endpoint or method. (POST /v1/images/generations)"
 
@@ -95,6 +96,8 @@ def test_the_members_of_an_error_object_are_kept() -> None:
         (b"[]", "[]"),
         (b"<html><style>p{}</style><h1>Bad</h1>\n<p>Gateway</p></html>", "Bad Gateway"),
         (b"caf\xe9", "caf\ufffd"),
+        (b"<STYLE a='b'>p</style >x<script>1<b>2</script>y<style>never shown", "x y"),
+        (b"1 < 2 <b>3</b>", "1 < 2 3"),
     ],
 )
 def test_an_error_body_that_no_dialect_knows_is_wrapped(content: bytes, message: str) -> None:
@@ -123,8 +126,34 @@ def test_an_error_in_an_unknown_or_broken_coding_is_left_as_it_is(encoding: str)
     assert wrapped_error(500, b"\x00not that coding", encoding) is None
 
 
+@pytest.mark.parametrize("part", [b"<", b"<style>", b"<script", b"</style>", b"<p", b" "])
+def test_the_work_for_a_page_grows_with_its_size(part: bytes) -> None:
+    with cpu_limit(20):
+        wrapped_error(500, part * 400_000)
+
+
 def test_a_long_page_is_truncated() -> None:
     assert len(found(wrapped_error(500, b"<p>" + b"word " * 10_000)).message) <= 2000
+
+
+@pytest.mark.parametrize(
+    ("fields", "report"),
+    [
+        ({"message": "Unexpected token in: MARK"}, "(400 upstream_error): Unexpected token"),
+        ({"message": UNEXPECTED}, "(404 unknown_endpoint): Unexpected endpoint or method"),
+        ({"message": "MARK", "code": "my_code"}, "(400 my_code)"),
+        ({"message": "MARK", "code": "MARK MARK"}, "(400 unknown code)"),
+        ({"message": "MARK", "code": "x" * 65, "status": 503}, "(503 unknown code)"),
+        (
+            {"message": 'Invalid model identifier "MARK". MARK', "code": "model_not_found"},
+            "(400 model_not_found): Invalid model identifier",
+        ),
+    ],
+)
+def test_the_report_of_an_error_holds_known_words_only(fields: dict[str, Any], report: str) -> None:
+    error = found(embedded({"error": fields}))
+    assert error.message == fields["message"]
+    assert error.report == f"LM Studio responded with an error {report}"
 
 
 def test_an_error_inside_a_compressed_200_is_found() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gateway.proxy.usage import MAX_EVENT_BYTES, Tap, usages
 from gateway.sse import error_event
 from tests.arrivals import CUTS, arrivals
+from tests.cpu_time import cpu_limit
 
 
 def chunk(**members: Any) -> bytes:
@@ -121,6 +122,42 @@ def test_a_huge_event_passes_unchanged_and_is_not_buffered(remove: bool, size: i
     out = b"".join(tap.feed(data[at : at + step]) for at in range(0, len(data), step)) + tap.flush()
     assert out == (data.replace(USAGE_CHUNK + b"\n\n", b"") if remove else data)
     assert tap.tokens["promptTokens"] == 5
+
+
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("beginning", [content("a")[:-2], b'data: {"a":"', USAGE_CHUNK[:-3]])
+def test_the_work_for_an_event_does_not_depend_on_its_arrivals(
+    remove: bool, beginning: bytes
+) -> None:
+    tap = Tap(remove_usage=remove)
+    event = beginning + b"x" * (MAX_EVENT_BYTES - 1000) + b"\n\n"
+    out = []
+    with cpu_limit(20):
+        for at in range(0, len(event), 10):
+            out.append(tap.feed(event[at : at + 10]))
+    assert b"".join(out) == (b"" if remove and b"usage" in beginning else event)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'"usage":{},' * 100_000,
+        b'{"usage":' * 100_000,
+        b'{"usage":' * 500 + b"[" + b"1," * 500_000,
+        b'"usage": ' + b" " * 1_000_000,
+        b'"choices":[' * 100_000,
+    ],
+    ids=lambda payload: repr(payload[:15]),
+)
+def test_the_work_for_usage_grows_with_the_payload(payload: bytes) -> None:
+    with cpu_limit(20):
+        usages(payload)
+        Tap(remove_usage=True).feed(b"data: " + payload + b"\n\n")
+
+
+def test_a_nested_usage_counts_as_part_of_the_outer_one() -> None:
+    payload = b'{"usage":{"prompt_tokens":1,"usage":{"prompt_tokens":2}},"usage":{"a":0}}'
+    assert usages(payload) == [{"promptTokens": 1}, {}]
 
 
 def test_the_counts_of_all_dialects_are_found() -> None:
