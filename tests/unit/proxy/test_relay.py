@@ -106,7 +106,11 @@ def test_a_late_compressed_response_is_decoded(
 def test_a_late_compressed_error_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     content = gzip.compress(b'{"error": "The model has crashed."}')
     body, _, record = late(head(500, JSON + GZIP, content), monkeypatch)
-    assert error_of(body)["message"] == record.error == "The model has crashed."
+    assert error_of(body)["message"] == "The model has crashed."
+    # operators get the words that are known, and the status
+    assert (
+        record.error == "LM Studio responded with an error (500 upstream_error): model has crashed"
+    )
 
 
 @pytest.mark.parametrize(
