@@ -17,7 +17,7 @@ from gateway import admin, debug, front, openapi, proxy, settings, version
 from gateway.admin import Models
 from gateway.errors import GatewayError, dumps
 from gateway.lmstudio import Upstream, get_link
-from gateway.observe import AccessLog, EventBus, Metrics, Reporter, own_counters
+from gateway.observe import AccessLog, EventBus, Metrics, Reporter
 from gateway.request import Access
 from gateway.state import SharedStore, open_store
 
@@ -82,7 +82,7 @@ class Gateway:
             self.reporter.report_progress()
             if self.store.multi_machine:
                 with suppress(GatewayError):
-                    self.store.share_counters(own_counters(self.metrics))
+                    self.store.share_counters(self.metrics.totals())
 
 
 def create_app(configured: settings.Settings | None = None) -> Flask:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -67,18 +66,8 @@ def _system(parts: Any) -> dict[str, Any]:
         "memoryUsage": {"rss": _resident_bytes()},
         "pythonVersion": platform.python_version(),
         "platform": platform.platform(),
-        "workers": _workers(),
+        "workers": parts.metrics.workers,
     }
-
-
-def _workers() -> int:
-    """The number of worker processes: the children of gunicorn, or 1 without gunicorn."""
-    try:
-        parent = os.getppid()
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    except OSError:
-        return 1
-    return max(1, len(children)) if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else 1
 
 
 def _resident_bytes() -> int | None:

@@ -9,14 +9,16 @@ This package must not know about Flask, about the content of requests or about L
 """
 
 from gateway.observe.access_log import AccessLog
-from gateway.observe.counters import own_counters, total_counters
+from gateway.observe.counters import total_counters
 from gateway.observe.events import TYPES, EventBus
-from gateway.observe.metrics import PREFIX, Metrics
+from gateway.observe.metrics import LOST, PREFIX, Metrics
+from gateway.observe.pages import SharedPages
 from gateway.observe.readers import Subscription
 from gateway.observe.record import Record, milliseconds
 from gateway.observe.reporting import Reporter
 
 __all__ = [
+    "LOST",
     "PREFIX",
     "TYPES",
     "AccessLog",
@@ -24,8 +26,8 @@ __all__ = [
     "Metrics",
     "Record",
     "Reporter",
+    "SharedPages",
     "Subscription",
     "milliseconds",
-    "own_counters",
     "total_counters",
 ]

@@ -1,23 +1,17 @@
-"""The Prometheus instruments, which cover all workers of this machine.
-
-Under gunicorn, prometheus-client runs in multiprocess mode (see :mod:`gateway.serving.worker`):
-each worker counts in memory-mapped files of its own, which outlive it, and any worker can add them
-up.
-"""
+"""The metrics of a gateway, which cover all workers of this machine, dead ones included."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from gateway import version
 from gateway.errors import SHORTHAND
+from gateway.observe.instruments import Instruments, total
+from gateway.observe.pages import Cell, SharedPages
 from gateway.observe.record import Record
 
 PREFIX = "lmstudio_gateway"
@@ -28,6 +22,13 @@ _ENDPOINTS = {path if path.startswith("/v1") else "/v1" + path for path in SHORT
 _METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
 
 
+#: What the gauges of a worker become when it dies: its exchanges in flight have failed.
+LOST = {
+    f"{PREFIX}_requests_in_flight": f"{PREFIX}_request_errors",
+    f"{PREFIX}_event_subscribers": "",
+}
+
+
 class Metrics:
     """The instruments of one worker.
 
@@ -36,51 +37,56 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self.started = self._counter("requests_started", "Inference exchanges that started.")
-        self._requests = self._counter(
-            "requests", "Inference exchanges that ended.", "endpoint", "method", "status"
+        make = self._instruments = Instruments()
+        self.started = make.counter(
+            f"{PREFIX}_requests_started", "Inference exchanges that started."
         )
-        self._errors = self._counter("request_errors", "Inference exchanges that failed.")
-        self._cancellations = self._counter(
-            "cancellations", "Inference exchanges whose client disconnected."
+        self._requests = make.counter(
+            f"{PREFIX}_requests", "Inference exchanges that ended.", "endpoint", "method", "status"
+        )
+        self._errors = make.counter(f"{PREFIX}_request_errors", "Inference exchanges that failed.")
+        self._cancellations = make.counter(
+            f"{PREFIX}_cancellations", "Inference exchanges whose client disconnected."
         )
         # OpenTelemetry's names of the generative AI metrics, in Prometheus' form
-        self._duration = self._histogram(
+        self._duration = make.histogram(
             "gen_ai_server_request_duration_seconds",
             "Time from the arrival of a request to the last byte of its response.",
             _DURATIONS,
         )
-        self._ttft = self._histogram(
+        self._ttft = make.histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "Time from the arrival of a streaming request to the first byte of its response body.",
             _DURATIONS,
         )
-        self._upstream = self._histogram(
+        self._upstream = make.histogram(
             f"{PREFIX}_upstream_seconds",
             "Time spent waiting for the response headers of LM Studio.",
             _DURATIONS,
         )
-        self._overhead = self._histogram(
+        self._overhead = make.histogram(
             f"{PREFIX}_overhead_seconds",
             "Time that the gateway itself needs before a request goes to LM Studio.",
             _OVERHEADS,
         )
-        tokens = self._counter("tokens", "Tokens, as counted by LM Studio.", "type")
+        tokens = make.counter(f"{PREFIX}_tokens", "Tokens, as counted by LM Studio.", "type")
         self._input_tokens, self._output_tokens = tokens.labels("input"), tokens.labels("output")
-        self._with_tokens = self._counter(
-            "requests_with_tokens", "Inference exchanges for which LM Studio reported tokens."
+        self._with_tokens = make.counter(
+            f"{PREFIX}_requests_with_tokens",
+            "Inference exchanges for which LM Studio reported tokens.",
         )
-        self._auth_failures = self._counter(
-            "auth_failures", "Requests rejected by access control.", "reason"
+        self._auth_failures = make.counter(
+            f"{PREFIX}_auth_failures", "Requests rejected by access control.", "reason"
         )
-        self._loads = self._counter("model_loads", "Model loads that ended.", "outcome")
-        self._dropped = self._counter(
-            "events_dropped", "Events dropped because the store was unavailable."
+        self._loads = make.counter(f"{PREFIX}_model_loads", "Model loads that ended.", "outcome")
+        self._dropped = make.counter(
+            f"{PREFIX}_events_dropped", "Events dropped because the store was unavailable."
         )
-        self._in_flight = self._gauge("requests_in_flight", "Inference exchanges in flight.")
-        self.subscribers = self._gauge("event_subscribers", "Readers of /debug/stream.")
-        self._children: dict[tuple[str, str, int], Any] = {}
+        self._in_flight = make.gauge(
+            f"{PREFIX}_requests_in_flight", "Inference exchanges in flight."
+        )
+        self.subscribers = make.gauge(f"{PREFIX}_event_subscribers", "Readers of /debug/stream.")
+        self._children: dict[tuple[str, str, int], Cell] = {}
 
     # Counting ---------------------------------------------------------------------------------
 
@@ -123,34 +129,39 @@ class Metrics:
 
     # Reading ----------------------------------------------------------------------------------
 
+    def attach(self, shared: SharedPages, slot: int) -> None:
+        """Count where the other workers can read it; in the worker, after the fork."""
+        self._instruments.attach(shared, slot)
+
     def exposition(self, upstream_up: Callable[[], bool]) -> bytes:
         """The text of ``/metrics``; ``upstream_up`` says whether LM Studio responds."""
         registry = CollectorRegistry()
         registry.register(_BuildCollector())
         registry.register(_UpstreamCollector(upstream_up))
-        registry.register(self._collector())
+        registry.register(_InstrumentsCollector(self._instruments))
         return generate_latest(registry)
 
+    @property
+    def workers(self) -> int:
+        """How many worker processes count together."""
+        return self._instruments.workers
+
     def totals(self) -> dict[str, float]:
-        """Each sample summed over its labels, e.g. ``lmstudio_gateway_requests_total``.
+        """The counters that machines share, added up over all workers of this one, dead ones too.
 
-        Only the label ``type`` is kept, e.g. ``lmstudio_gateway_tokens_total|input``.
+        An exchange that was lost with its worker counts as an error.
         """
-        sums: dict[str, float] = {}
-        for metric in self._collector().collect():
-            for sample in metric.samples:
-                if not sample.name.endswith("_bucket"):
-                    name = "|".join([sample.name, *sample.labels.get("type", "").split()])
-                    sums[name] = sums.get(name, 0.0) + sample.value
-        return sums
+        sums = self._instruments.sums()
+        return {
+            "requests": total(sums, f"{PREFIX}_requests_started"),
+            "errors": total(sums, f"{PREFIX}_request_errors"),
+            "completed": total(sums, f"{PREFIX}_requests"),
+            "withTokens": total(sums, f"{PREFIX}_requests_with_tokens"),
+            "promptTokens": total(sums, f"{PREFIX}_tokens", "input"),
+            "completionTokens": total(sums, f"{PREFIX}_tokens", "output"),
+        }
 
-    def _collector(self) -> Any:
-        """Collects the values of all workers under gunicorn, otherwise those of this process."""
-        if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-            return self._registry
-        return MultiProcessCollector(None)  # type: ignore[no-untyped-call]
-
-    def _child(self, record: Record) -> Any:
+    def _child(self, record: Record) -> Cell:
         key = (record.path, record.method, record.status)
         child = self._children.get(key)
         if child is None:
@@ -160,16 +171,6 @@ class Metrics:
             if endpoint != "other" and method != "other":
                 self._children[key] = child
         return child
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{PREFIX}_{name}", text, labels, registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
-        return Histogram(name, text, buckets=tuple(buckets), registry=self._registry)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        mode: Any = "livesum"
-        return Gauge(f"{PREFIX}_{name}", text, multiprocess_mode=mode, registry=self._registry)
 
 
 class _BuildCollector(Collector):
@@ -189,3 +190,13 @@ class _UpstreamCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         name = f"{PREFIX}_upstream_up"
         yield GaugeMetricFamily(name, "Whether LM Studio responds.", value=float(self._is_up()))
+
+
+class _InstrumentsCollector(Collector):
+    """The instruments of all workers."""
+
+    def __init__(self, instruments: Instruments) -> None:
+        self._instruments = instruments
+
+    def collect(self) -> Iterable[Metric]:
+        return self._instruments.collect()

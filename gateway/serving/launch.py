@@ -63,9 +63,9 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
         "logconfig_dict": logs.configuration(settings.log_level, settings.log_format),
         "control_socket_disable": True,
         "on_starting": worker.on_starting,
+        "pre_fork": worker.pre_fork,
         "post_fork": worker.post_fork,
         "child_exit": worker.child_exit,
-        "on_exit": worker.on_exit,
         "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
     }
 
@@ -141,7 +141,7 @@ def serve_gunicorn(initial: Settings) -> None:
                 self.cfg.set(name, value)
 
         def load(self) -> Any:
-            # heavy, and worker.on_starting must set the metrics' directory first
+            # heavy; in the worker, after the fork
             from gateway.app import create_app
 
             return create_app(self.settings)

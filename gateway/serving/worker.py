@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
-import shutil
 import signal
-import tempfile
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import gevent
@@ -16,13 +14,13 @@ from gunicorn import glogging
 from gunicorn.workers.ggevent import GeventWorker
 
 from gateway import stderr
+from gateway.observe import LOST, SharedPages
 from gateway.serving import descriptors
 from gateway.serving.connection import Server, drain
 from gateway.settings import warnings
 
-#: prometheus-client's environment variable for its multiprocess mode.
-METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-_METRICS_PREFIX = "lmstudio-gateway-metrics-"
+#: Pages for the counters of workers, at least: more may start than run at a time.
+MIN_SLOTS = 64
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]
@@ -42,6 +40,9 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._servers: list[Server] = []
+        #: Where this worker counts; see :func:`pre_fork`.
+        self.pages: Any = None
+        self.slot = 0
 
     def server_class(self, *args: Any, **kwargs: Any) -> Server:
         """Create the server of a listening socket; gunicorn calls this for each."""
@@ -51,6 +52,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def run(self) -> None:
         parts = self.wsgi.extensions["gateway"]
         stderr.start()
+        parts.metrics.attach(self.pages, self.slot)
         parts.start()
         self.log.info("Worker ready (pid: %s)", self.pid)
         try:
@@ -68,26 +70,23 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 
 def on_starting(server: Any) -> None:
-    """Log warnings about the settings, raise the limit of open files, create the directory of the
-    metrics' counter files, and import what the workers need.
-
-    Directories of masters that died without cleaning up are removed. The workers share the memory
-    of what is imported here.
-    """
+    """Log warnings about the settings, raise the limit of open files, and import and create what the
+    workers share."""
     for warning in warnings():
         server.log.warning("%s", warning)
     descriptors.raise_limit()
-    root = Path(tempfile.gettempdir())
-    for stale in root.glob(f"{_METRICS_PREFIX}*"):
-        pid = stale.name.removeprefix(_METRICS_PREFIX).partition("-")[0]
-        if pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(stale, ignore_errors=True)
-    os.environ[METRICS_VARIABLE] = tempfile.mkdtemp(prefix=f"{_METRICS_PREFIX}{os.getpid()}-")
-    # prometheus-client reads the variable when it is imported
     import_module("gateway.app")
+    server.pages = SharedPages(slots=max(MIN_SLOTS, 2 * server.num_workers))
     gc.collect()
     # a garbage collection in a worker would write to the shared memory, and so copy it
     gc.freeze()
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Give a worker a free page for its counters."""
+    taken = {other.slot for other in server.WORKERS.values()}
+    worker.pages = server.pages
+    worker.slot = next(slot for slot in itertools.count(1) if slot not in taken)
 
 
 def post_fork(server: Any, worker: Any) -> None:
@@ -100,13 +99,5 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Drop the gauges of a worker that has exited."""
-    # must not be imported before METRICS_VARIABLE is set
-    from prometheus_client.multiprocess import mark_process_dead
-
-    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
-
-
-def on_exit(server: Any) -> None:
-    """Remove the counter files."""
-    shutil.rmtree(os.environ[METRICS_VARIABLE], ignore_errors=True)
+    """Keep what a worker counted that has exited."""
+    server.pages.fold(worker.slot, LOST)

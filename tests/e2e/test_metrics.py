@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -263,27 +262,33 @@ def test_odd_requests_create_no_new_series(metered: Gateway) -> None:
     assert not {one for one in endpoints if one and "odd" in one}
 
 
-def metric_folders(pid: int) -> list[Path]:
-    return list(Path(tempfile.gettempdir()).glob(f"lmstudio-gateway-metrics-{pid}-*"))
-
-
-def test_counter_files_are_removed_at_shutdown_and_those_of_dead_gateways_at_the_start(
-    launch: Launch,
-) -> None:
+def test_nothing_on_disk_holds_the_counters(launch: Launch) -> None:
+    """A cleaner of /tmp can't take what is not there (it once stopped the whole gateway)."""
     gateway = launch()
-    assert requests.get(f"{gateway.url}/metrics", timeout=30).status_code == 200
-    [folder] = metric_folders(gateway.process.pid)
-    assert any(folder.iterdir())
-    killed = gateway.process.pid
-    os.killpg(killed, signal.SIGKILL)
-    gateway.process.wait(20)
-    assert metric_folders(killed) == [folder]
-    gateway.start()
-    assert not metric_folders(killed)
-    pid = gateway.process.pid
-    assert metric_folders(pid)
-    gateway.stop()
-    assert not metric_folders(pid)
+    assert send(gateway, "POST", CHAT, json=chat()) == 200
+    for pid in (gateway.process.pid, *gateway.workers()):
+        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()]
+        assert not [name for name in opened if "metrics" in name or "prometheus" in name]
+    assert value(scrape(gateway), "requests_total") == 1
+
+
+def test_workers_that_die_leave_their_numbers_and_no_place_taken(launch: Launch) -> None:
+    gateway = launch(GATEWAY_API_KEY=KEY, WEB_CONCURRENCY=1)
+    deaths = 5
+    for _ in range(deaths):
+        assert send(gateway, "POST", CHAT, json=chat()) == 200
+        # an exchange ends just after its client has read the last byte
+        eventually(lambda: value(scrape(gateway), "requests_in_flight") == 0, 20)
+        [pid] = gateway.workers()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda killed=pid: gateway.workers() not in ([], [killed]), 20)
+    eventually(lambda: send(gateway, "POST", CHAT, json=chat()) == 200, 20)
+    samples = scrape(gateway)
+    assert value(samples, "requests_total", status="200") == deaths + 1
+    performance = json.loads(gateway.get("/debug/metrics", headers=KEYED).text)
+    assert performance["performance"]["totalRequests"] == deaths + 1
+    assert performance["performance"]["totalErrors"] == 0
+    assert performance["system"]["workers"] == 1
 
 
 def shared_counters(client: Any) -> bytes:
