@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gevent
@@ -16,9 +16,10 @@ from werkzeug.exceptions import HTTPException
 from gateway import admin, debug, front, openapi, proxy, settings, version
 from gateway.admin import Models
 from gateway.errors import GatewayError, dumps
-from gateway.lmstudio import Upstream, get_link
+from gateway.lmstudio import Link, Upstream, get_link
 from gateway.observe import AccessLog, EventBus, Metrics, Reporter
 from gateway.request import Access
+from gateway.settings import Settings
 from gateway.state import SharedStore, open_store
 
 #: Seconds between two runs of a worker's maintenance, which closes old connections, reports the
@@ -35,13 +36,14 @@ _BLUEPRINTS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gateway:
     """The parts of one worker, at ``app.extensions["gateway"]``."""
 
-    settings: settings.Settings
+    settings: Settings
     store: SharedStore
     upstream: Upstream
+    link: Link
     models: Models
     events: EventBus
     metrics: Metrics
@@ -51,6 +53,7 @@ class Gateway:
     proxy: proxy.Proxy
     #: The event streams that this worker's clients read.
     event_streams: set[debug.EventStream]
+    front: front.Front = field(init=False)
     #: When this worker started (time.monotonic()).
     started: float
 
@@ -59,6 +62,16 @@ class Gateway:
         self.events.start()
         self.log.start()
         gevent.spawn(self._maintain)
+
+    def reconfigure(self, configured: Settings) -> None:
+        """Apply other settings from the next request on; requests in flight keep theirs."""
+        self.settings = configured
+        self.access = Access(configured)
+        self.front.configure(self.access, configured.max_body_bytes)
+        self.proxy.configure(self.access, configured)
+        self.upstream.configure(configured)
+        self.link.configure(configured)
+        self.log.configure(configured.log_level)
 
     def drain(self) -> None:
         """End the event streams; other requests may finish. Called when the grace period begins."""
@@ -85,7 +98,7 @@ class Gateway:
                     self.store.share_counters(self.metrics.totals())
 
 
-def create_app(configured: settings.Settings | None = None) -> Flask:
+def create_app(configured: Settings | None = None) -> Flask:
     """Build the WSGI application.
 
     Without ``configured`` the settings are read from the environment, which raises SettingsError if
@@ -105,7 +118,7 @@ def create_app(configured: settings.Settings | None = None) -> Flask:
     app.register_error_handler(Exception, _unexpected)
     for blueprint in _BLUEPRINTS:
         app.register_blueprint(blueprint)
-    app.wsgi_app = front.Front(  # type: ignore[method-assign]
+    parts.front = front.Front(
         app.wsgi_app,
         parts.proxy,
         parts.access,
@@ -113,13 +126,15 @@ def create_app(configured: settings.Settings | None = None) -> Flask:
         parts.log,
         parts.settings.max_body_bytes,
     )
+    app.wsgi_app = parts.front  # type: ignore[method-assign]
     return app
 
 
-def _build(configured: settings.Settings, instance_path: str) -> Gateway:
+def _build(configured: Settings, instance_path: str) -> Gateway:
     access = Access(configured)
     store = open_store(configured.state_url, instance_path)
     upstream = Upstream(configured)
+    link = get_link(configured)
     metrics = Metrics()
     events = EventBus(store, metrics.dropped)
     log = AccessLog(configured.log_level, configured.log_format)
@@ -128,13 +143,14 @@ def _build(configured: settings.Settings, instance_path: str) -> Gateway:
         settings=configured,
         store=store,
         upstream=upstream,
-        models=Models(get_link(configured), store),
+        link=link,
+        models=Models(link, store),
         events=events,
         metrics=metrics,
         log=log,
         reporter=reporter,
         access=access,
-        proxy=proxy.Proxy(configured, access, store, upstream, reporter),
+        proxy=proxy.Proxy(access, configured, store, upstream, reporter),
         event_streams=set(),
         started=time.monotonic(),
     )

@@ -50,9 +50,13 @@ class Front:
     ) -> None:
         self._flask = flask
         self._proxy = proxy
-        self._access = access
         self._metrics = metrics
         self._log = log
+        self.configure(access, max_body_bytes)
+
+    def configure(self, access: Access, max_body_bytes: int) -> None:
+        """Take other settings, which count from the next request on."""
+        self._access = access
         self._max_body_bytes = max_body_bytes
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:

@@ -23,13 +23,16 @@ class Upstream:
         self.base_url = settings.lmstudio_base_url
         #: ``host:port``, for the ``Host`` header.
         self.authority = urlsplit(self.base_url).netloc
-        self.authorization = (
-            f"Bearer {settings.lmstudio_api_token}" if settings.lmstudio_api_token else None
-        )
+        self.configure(settings)
         self.adapter = LMStudioAdapter(self.base_url)
         self.session = requests.Session()
         self.session.trust_env = False  # LM Studio is local: no proxies, no .netrc
         self.session.mount(self.base_url, self.adapter)
+
+    def configure(self, settings: Settings) -> None:
+        """Take another API token, which counts from the next exchange on."""
+        token = settings.lmstudio_api_token
+        self.authorization = f"Bearer {token}" if token else None
 
     def exchange(
         self,

@@ -35,6 +35,10 @@ class Link:
         self._sessions = Sessions(settings)
         self._pid = os.getpid()
 
+    def configure(self, settings: Settings) -> None:
+        """Take other settings, which count from the next connection on."""
+        self._sessions.configure(settings)
+
     def downloaded(self) -> list[dict[str, Any]]:
         """Return every downloaded model, as the dicts that LM Studio sends.
 

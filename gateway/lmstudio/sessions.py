@@ -63,13 +63,17 @@ class Sessions:
         self._tls = parts.scheme == "https"
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or (443 if self._tls else 80)
-        self._attempts = settings.sdk_max_attempts
-        self._retry_delay = settings.sdk_retry_delay
-        self._token = settings.lmstudio_api_token
+        self.configure(settings)
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._connecting: dict[str, _Connecting] = {}
         self._client: TokenClient | None = None
+
+    def configure(self, settings: Settings) -> None:
+        """Take other settings, which count from the next connection on."""
+        self._attempts = settings.sdk_max_attempts
+        self._retry_delay = settings.sdk_retry_delay
+        self._token = settings.lmstudio_api_token
 
     @contextmanager
     def session(self, namespace: str) -> Iterator[Any]:

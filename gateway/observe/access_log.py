@@ -37,16 +37,20 @@ class AccessLog:
     """
 
     def __init__(self, level: str, form: str) -> None:
-        self._enabled = level in ("info", "debug")
-        self._detailed = level == "debug"
+        self.configure(level)
         self._json = form == "json"
         self._queue: deque[Record | dict[str, Any]] = deque(maxlen=MAX_LINES)
         self._wakeup = Event()
         self._writer: gevent.Greenlet | None = None
 
+    def configure(self, level: str) -> None:
+        """Take another ``LOG_LEVEL``."""
+        self._enabled = level in ("info", "debug")
+        self._detailed = level == "debug"
+
     def start(self) -> None:
         """Start the writer; called in the worker, after the fork."""
-        if self._enabled and self._writer is None:
+        if self._writer is None:
             self._writer = gevent.spawn(self._run_writer)
 
     def stop(self) -> None:

@@ -62,21 +62,25 @@ class Proxy:
 
     def __init__(
         self,
-        settings: Settings,
         access: Access,
+        settings: Settings,
         store: SharedStore,
         upstream: Upstream,
         reporter: Reporter,
     ) -> None:
-        self._access = access
         self._store = store
         self._upstream = upstream
         self._reporter = reporter
+        self.configure(access, settings)
+        self._in_flight: set[Exchange] = set()
+        self._budget = Budget()
+
+    def configure(self, access: Access, settings: Settings) -> None:
+        """Take other settings, which count from the next exchange on."""
+        self._access = access
         self._max_body_bytes = settings.max_body_bytes
         self._timeout = settings.proxy_timeout
         self._stream_timeout = settings.proxy_stream_timeout
-        self._in_flight: set[Exchange] = set()
-        self._budget = Budget()
 
     def exchange(self, environ: Environ) -> ProxyResponse:
         """Serve one request; raises a GatewayError if there is nothing to relay."""

@@ -21,6 +21,7 @@ from gevent.pool import Pool
 
 from gateway import stderr
 from gateway.serving import descriptors, logs
+from gateway.serving.reload import Reloader, apply
 from gateway.settings import Settings, SettingsError, load, read_environment, warnings
 from gateway.state import check_redis, open_sqlite, sqlite_path
 
@@ -134,26 +135,15 @@ def serve_gunicorn(initial: Settings) -> None:
     from gunicorn.app.base import BaseApplication
 
     class Application(BaseApplication):  # type: ignore[misc]
-        settings = initial
-
         def load_config(self) -> None:
-            for name, value in gunicorn_options(self.settings).items():
+            for name, value in gunicorn_options(initial).items():
                 self.cfg.set(name, value)
 
         def load(self) -> Any:
             # heavy; in the worker, after the fork
             from gateway.app import create_app
 
-            return create_app(self.settings)
-
-        def reload(self) -> None:
-            """Read the settings again on SIGHUP; bad ones leave everything as it was."""
-            try:
-                self.settings = load()
-            except SettingsError as error:
-                for problem in error.problems:
-                    logger.error("settings not reloaded: %s", problem)
-            super().reload()
+            return create_app()
 
     Application().run()
 
@@ -178,6 +168,8 @@ def serve_gevent(settings: Settings) -> None:
     stopping = Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(sig, stopping.set)
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        gevent.signal_handler(signal.SIGHUP, _reload, Reloader(), parts)
     stderr.start()
     parts.start()
     server.start()
@@ -190,6 +182,12 @@ def serve_gevent(settings: Settings) -> None:
     server.stop(timeout=1)
     parts.stop()
     _unlink_socket(settings)
+
+
+def _reload(reloader: Reloader, parts: Any) -> None:
+    environment = reloader.reload()
+    if environment is not None:
+        apply(parts, load(environment))
 
 
 def _listener(settings: Settings) -> Any:

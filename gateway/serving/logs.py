@@ -49,6 +49,12 @@ class Handler(logging.Handler):
             self.handleError(record)
 
 
+def set_level(level: str) -> None:
+    """Change the level of the gateway's own messages and gunicorn's; ``level`` is ``LOG_LEVEL``."""
+    for name in ("gateway", "gunicorn.error"):
+        logging.getLogger(name).setLevel(LEVELS[level])
+
+
 def configuration(level: str, form: str) -> dict[str, Any]:
     """A configuration for ``logging.config.dictConfig``.
 

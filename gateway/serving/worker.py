@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import signal
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +18,8 @@ from gateway import stderr
 from gateway.observe import LOST, SharedPages
 from gateway.serving import descriptors
 from gateway.serving.connection import Server, drain
-from gateway.settings import warnings
+from gateway.serving.reload import Reloader, SettingsPage, apply, reload_in_place
+from gateway.settings import leave_to_workers, warnings
 
 #: Pages for the counters of workers, at least: more may start than run at a time.
 MIN_SLOTS = 64
@@ -43,6 +45,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         #: Where this worker counts; see :func:`pre_fork`.
         self.pages: Any = None
         self.slot = 0
+        self.settings_page: Any = None
 
     def server_class(self, *args: Any, **kwargs: Any) -> Server:
         """Create the server of a listening socket; gunicorn calls this for each."""
@@ -53,6 +56,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
         parts = self.wsgi.extensions["gateway"]
         stderr.start()
         parts.metrics.attach(self.pages, self.slot)
+        self._apply_settings()  # a signal may have come too early
         parts.start()
         self.log.info("Worker ready (pid: %s)", self.pid)
         try:
@@ -60,6 +64,17 @@ class Worker(GeventWorker):  # type: ignore[misc]
         finally:
             parts.stop()
             stderr.flush()
+
+    def handle_usr1(self, sig: int, frame: Any) -> None:
+        """Apply the settings that the master has read again."""
+        super().handle_usr1(sig, frame)
+        # in a greenlet: a signal handler must not take locks
+        gevent.spawn(self._apply_settings)
+
+    def _apply_settings(self) -> None:
+        settings = self.settings_page.settings()
+        if settings is not None:
+            apply(self.wsgi.extensions["gateway"], settings)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Drain on SIGTERM: accept no more connections, and see :func:`.connection.drain`."""
@@ -70,12 +85,15 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
 
 def on_starting(server: Any) -> None:
-    """Log warnings about the settings, raise the limit of open files, and import and create what the
-    workers share."""
+    """Log warnings about the settings, raise the limit of open files, and import and create what
+    the workers share."""
     for warning in warnings():
         server.log.warning("%s", warning)
     descriptors.raise_limit()
     import_module("gateway.app")
+    server.reloader, server.settings_page = Reloader(), SettingsPage()
+    leave_to_workers(server.reloader.environment)
+    server.reload = partial(reload_in_place, server)
     server.pages = SharedPages(slots=max(MIN_SLOTS, 2 * server.num_workers))
     gc.collect()
     # a garbage collection in a worker would write to the shared memory, and so copy it
@@ -85,7 +103,7 @@ def on_starting(server: Any) -> None:
 def pre_fork(server: Any, worker: Any) -> None:
     """Give a worker a free page for its counters."""
     taken = {other.slot for other in server.WORKERS.values()}
-    worker.pages = server.pages
+    worker.pages, worker.settings_page = server.pages, server.settings_page
     worker.slot = next(slot for slot in itertools.count(1) if slot not in taken)
 
 

@@ -10,6 +10,7 @@ This package must not know about any other part of the gateway.
 from gateway.settings.loading import (
     SettingsError,
     is_loopback,
+    leave_to_workers,
     load,
     read_env_file,
     read_environment,
@@ -26,6 +27,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "is_loopback",
+    "leave_to_workers",
     "load",
     "parse_keys",
     "read_env_file",

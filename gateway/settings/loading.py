@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -29,6 +30,10 @@ PLACEHOLDER_KEYS = frozenset(
 )
 
 
+#: The variable in which gunicorn's master leaves the validated environment to its workers.
+VALIDATED = "LMSTUDIO_GATEWAY_VALIDATED_ENVIRONMENT"
+
+
 class SettingsError(Exception):
     """The settings are invalid; :attr:`problems` has one printable line for each problem."""
 
@@ -40,9 +45,10 @@ class SettingsError(Exception):
 def load(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from ``environ``, by default from the environment and ``.env``.
 
-    Raises :class:`SettingsError` with every problem at once.
+    In a worker of gunicorn the default is what its master has validated, whatever ``.env`` says by
+    now. Raises :class:`SettingsError` with every problem at once.
     """
-    source = read_environment() if environ is None else environ
+    source = _validated_by_master() or read_environment() if environ is None else environ
     values: dict[str, Any] = {}
     problems: list[str] = []
     for setting in TABLE:
@@ -57,6 +63,18 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         if not problems:
             return settings
     raise SettingsError(problems)
+
+
+def leave_to_workers(environment: Mapping[str, str]) -> None:
+    """Let the workers that this process forks from now on load these settings."""
+    os.environ[VALIDATED] = json.dumps([os.getpid(), dict(environment)])
+
+
+def _validated_by_master() -> dict[str, str] | None:
+    """What :func:`leave_to_workers` of the parent process left, if this is a worker."""
+    pid, environment = json.loads(os.environ.get(VALIDATED, "[0, null]"))
+    # a master that another one started (gunicorn's SIGUSR2) reads for itself
+    return dict(environment) if pid == os.getppid() else None
 
 
 def read_environment() -> dict[str, str]:
