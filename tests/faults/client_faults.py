@@ -41,7 +41,7 @@ def slow_reader(folder: Path, simulator: Simulator, clients: int = 8) -> Row:
     inside = f"{_SMALL_BUFFERS}\n    import gateway.serving.response as r; r.SEND_TIMEOUT = 2.0"
     gateway = Patched(folder, simulator.url, inside=inside, WEB_CONCURRENCY=1)
     body = chat(100_000, True)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: g\r\nX-Simulator-Pace-Ms: 0.1\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nX-Simulator-Pace-Ms: 0.1\r\n"
     request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     problems = []
     with ExitStack() as stack:
@@ -64,7 +64,7 @@ def unread_events(folder: Path, simulator: Simulator, readers: int = 4) -> Row:
         stack.callback(gateway.stop)
         for _ in range(readers):
             reader = stack.enter_context(_deaf(gateway.port))
-            reader.sendall(b"GET /debug/stream HTTP/1.1\r\nHost: g\r\n\r\n")
+            reader.sendall(b"GET /debug/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
         eventually(lambda: _blocked_bytes(gateway) >= 0, 10)
         for _ in range(150):
             ask(gateway.port)
