@@ -162,7 +162,7 @@ def _late_plain(
     content = yield from _collect_quietly(exchange, timeout)
     error = error_in(exchange.head.status, content)
     if error is not None:
-        record.fail(error.message)
+        record.fail(error.report)
         yield _error_event(error, dialect)
         return
     yield tap.feed(b"data: " + _as_data(content))

@@ -24,8 +24,6 @@ _UNKNOWN_ENDPOINT = re.compile(r"unexpected endpoint or method", re.IGNORECASE)
 #: Where text that is not shown begins or ends, and any other tag.
 _HIDING = re.compile(r"<(/?)(?:style|script)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]*>")
-
-
 #: What LM Studio's errors are known to say. Whatever else is in them may quote the request.
 _KNOWN_WORDS = re.compile(
     "unexpected endpoint or method|no models? loaded|invalid model identifier|model not found"

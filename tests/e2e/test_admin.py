@@ -248,7 +248,10 @@ def test_a_body_that_is_not_json_is_400(gateway: Gateway, content: str) -> None:
 def test_a_body_of_more_than_a_mebibyte_is_413(gateway: Gateway) -> None:
     for size, status in ((1 << 20, 400), ((1 << 20) + 1, 413)):
         response = gateway.http.post(
-            f"{gateway.url}/admin/models/activate", data=b" " * size, timeout=10
+            f"{gateway.url}/admin/models/activate",
+            data=b" " * size,
+            headers={"Content-Type": "application/json"},
+            timeout=10,
         )
         assert response.status_code == status
 
