@@ -109,7 +109,7 @@ _SLOW = "llama-3.3-70b-instruct"
 def _send(port: int, body: bytes) -> int:
     """The status of a chat, sent without its JSON being parsed again."""
     with socket.create_connection(("127.0.0.1", port), 60) as client:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         received = client.recv(65536)
     return int(received.split(b" ", 2)[1]) if received else 0
