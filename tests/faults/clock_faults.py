@@ -103,8 +103,7 @@ def _run(clock: Clock, gateway: Gateway, state: str) -> Row:
             goal = clients.done + 150
             clock.jump(offset)
             problems += _status_problems(clock, gateway, began)
-            until = time.monotonic() + BETWEEN
-            eventually(lambda until=until: time.monotonic() > until, 60)
+            time.sleep(BETWEEN)
             eventually(lambda goal=goal: clients.done > goal, 60)
             problems += _status_problems(clock, gateway, began)
     finally:
