@@ -106,7 +106,7 @@ def stream(
     """
     yield b""  # sends the head now, not with the first event
     try:
-        yield from _arrivals(exchange, tap, timeout)
+        yield from _tapped(exchange, tap, timeout)
         rest = tap.flush()
         if rest:
             yield rest
@@ -257,27 +257,34 @@ def _receive(exchange: Exchange, timeout: float | None) -> bytes:
 def _collect_quietly(exchange: Exchange, timeout: float | None) -> Generator[bytes, None, bytes]:
     """Read as :func:`collect` does, and yield a comment in each long silence."""
     pieces = []
-    size, quiet = 0, 0.0
-    while size <= MAX_ERROR_BYTES:
-        pause = _pause(timeout, quiet)
-        try:
-            data = exchange.receive(pause)
-        except ReadTimeout:
-            quiet += pause
-            if timeout is not None and quiet >= timeout:
-                raise _stream_timed_out() from None
+    size = 0
+    for data in _arrivals(exchange, timeout):
+        if data is None:
             yield sse.KEEP_ALIVE
             continue
-        if not data:
-            break
-        quiet = 0.0
         pieces.append(data)
         size += len(data)
+        if size > MAX_ERROR_BYTES:
+            break
     return b"".join(pieces)
 
 
-def _arrivals(exchange: Exchange, tap: Tap, timeout: float | None) -> Iterator[bytes]:
+def _tapped(exchange: Exchange, tap: Tap, timeout: float | None) -> Iterator[bytes]:
     """Yield what the client gets for each arrival, and comments during silences."""
+    for data in _arrivals(exchange, timeout):
+        if data is None:
+            out = sse.KEEP_ALIVE if tap.between_events else b""
+        else:
+            out = tap.feed(data)
+        if out:
+            yield out
+
+
+def _arrivals(exchange: Exchange, timeout: float | None) -> Iterator[bytes | None]:
+    """Yield each arrival, and None whenever nothing has arrived for as long as a heartbeat.
+
+    Raises UpstreamTimeout after ``timeout`` seconds without an arrival.
+    """
     quiet = 0.0
     while True:
         pause = _pause(timeout, quiet)
@@ -287,15 +294,13 @@ def _arrivals(exchange: Exchange, tap: Tap, timeout: float | None) -> Iterator[b
             quiet += pause
             if timeout is not None and quiet >= timeout:
                 raise _stream_timed_out() from None
-            if tap.between_events and quiet >= HEARTBEAT:
-                yield sse.KEEP_ALIVE
+            if quiet >= HEARTBEAT:
+                yield None
             continue
         if not data:
             return
         quiet = 0.0
-        out = tap.feed(data)
-        if out:
-            yield out
+        yield data
 
 
 def _await_head(exchange: Exchange, timeout: float | None) -> Iterator[None]:
