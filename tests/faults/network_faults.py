@@ -6,7 +6,6 @@ The gateway waits for a minute at most. Here it waits for seconds, by patched co
 from __future__ import annotations
 
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from tests.faults.harness import (
     tracebacks,
 )
 from tests.network import Network
-from tests.processes import Gateway, Simulator, eventually
+from tests.processes import Simulator, eventually
 
-_SEND = "import gateway.lmstudio.sending as s; s.SEND_TIMEOUT = 2.0"
+_SEND = "import gateway.lmstudio.sending as s; s.SEND_TIMEOUT = 5.0"
 _KEEP_ALIVE = (
     "import gateway.lmstudio.adapter as a; "
     "a.KEEP_ALIVE_IDLE = a.KEEP_ALIVE_INTERVAL = 1; a.DEAD_AFTER = 3; a.CONNECT_TIMEOUT = 1"
@@ -44,7 +43,10 @@ def never_reads(folder: Path, count: int = 6) -> Row:
         try:
             with ThreadPoolExecutor(count) as pool:
                 waiting = [pool.submit(_send, gateway.port, body) for _ in range(count)]
-                problems = _slow_health(gateway)
+                status = ask(gateway.port, method="GET", path="/openapi.json")[0]
+                problems = [] if status == 200 else [f"another client got {status}"]
+                if any(one.done() for one in waiting):
+                    problems.append("another client waited as long as these")
                 statuses = [one.result(60) for one in waiting]
             problems += [f"a request got {one}" for one in statuses if one != 504]
             problems += tracebacks(gateway)
@@ -84,16 +86,14 @@ def network_down_during_load(folder: Path, simulator: Simulator) -> Row:
     problems = []
     try:
         assert ask(gateway.port, **listing)[0] == 200
+        simulator.faults(load_ms=60_000)
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(ask, gateway.port, **load)
             eventually(lambda: [one for one in simulator.state()["loads"] if one["progress"] > 0])
-            began = time.monotonic()
             network.cut()
-            status, body = loading.result(60)
+            status, body = loading.result(30)
         if status != 503:
             problems.append(f"the load got {status} {body}")
-        if time.monotonic() - began > 15:
-            problems.append("the load waited for more than 15 s")
         network.restore()
         recovered = recovery(lambda: ask(gateway.port, **listing)[0] == 200)
         problems += tracebacks(gateway)
@@ -113,11 +113,3 @@ def _send(port: int, body: bytes) -> int:
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         received = client.recv(65536)
     return int(received.split(b" ", 2)[1]) if received else 0
-
-
-def _slow_health(gateway: Gateway) -> list[str]:
-    """The worker must go on serving others."""
-    began = time.monotonic()
-    status = ask(gateway.port, method="GET", path="/openapi.json")[0]
-    taken = time.monotonic() - began
-    return [] if status == 200 and taken < 1 else [f"a neighbour got {status} after {taken:.1f} s"]

@@ -19,6 +19,7 @@ from gateway.errors import UpstreamTimeout
 from gateway.lmstudio import adapter, sending
 from gateway.lmstudio.exchange import ConnectionBroken, Exchange, ReadTimeout
 from tests.lm_studio import Server, answering, read_head, served
+from tests.processes import eventually
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 BIG = b"x" * (20 << 20)
@@ -178,8 +179,13 @@ def test_the_body_is_kept_until_the_first_byte_of_the_response() -> None:
             exchange.wait_head(0.05)
         assert (dropped, exchange.request.body) == ([], b"body")
         answer.set()
-        with pytest.raises(ReadTimeout):
-            exchange.wait_head(0.5)
+
+        def arrived() -> bool:
+            with pytest.raises(ReadTimeout):
+                exchange.wait_head(0.05)
+            return bool(dropped)
+
+        eventually(arrived)
         assert dropped == [None]
         exchange.close()
         assert dropped == [None]
@@ -199,7 +205,8 @@ def test_sending_to_a_server_that_does_not_read_ends(monkeypatch: pytest.MonkeyP
 def test_an_early_response_is_read_although_the_request_was_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sending, "SEND_TIMEOUT", 0.5)
+    # how long LM Studio has to respond without reading
+    monkeypatch.setattr(sending, "SEND_TIMEOUT", 2)
     ended = threading.Event()
 
     def script(connection: socket.socket) -> None:
