@@ -31,6 +31,7 @@ NOISY_LOGGERS = (
     "SyncLMStudioWebsocket",
     "SyncRemoteCall",
     "SyncToAsyncWebsocketBridge",
+    "WatchedHandler",
     "httpx",
     "httpcore",
     "httpx_ws",

@@ -179,7 +179,7 @@ def test_debug_without_a_slash_redirects_wherever_it_is_mounted(guarded: Gateway
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/debug/"), ("OPTIONS", "/debug/"), ("GET", "//debug/"), ("GET", "/debug//")]
+    [("POST", "/debug/"), ("OPTIONS", "/debug/"), ("GET", "//debug/"), ("GET", "/debug//status")]
     + [("GET", path) for path in ("/debug/status", "/debug/stream", "/debug/metrics", "/debug/x")],
 )
 def test_only_the_dashboard_itself_is_served_without_a_key(
