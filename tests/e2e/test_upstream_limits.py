@@ -62,7 +62,7 @@ def test_a_client_that_resets_its_upload_ends_the_exchange(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
         with closing(client):
             client.sendall(
-                b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: gateway\r\n"
+                b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n"
                 b"Content-Length: %d\r\n\r\n" % (50 * MIB)
             )
             eventually_equal(lambda: connections(gateway, port), 1)

@@ -64,10 +64,7 @@ def unread_events(folder: Path, simulator: Simulator, readers: int = 4) -> Row:
         stack.callback(gateway.stop)
         for _ in range(readers):
             reader = stack.enter_context(_deaf(gateway.port))
-            reader.sendall(b"GET /debug/stream HTTP/1.1
-Host: localhost
-
-")
+            reader.sendall(b"GET /debug/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
         eventually(lambda: _blocked_bytes(gateway) >= 0)
         for _ in range(150):
             ask(gateway.port)

@@ -34,26 +34,34 @@ from tests.processes import Gateway, Simulator, eventually
 def reload_under_load(
     folder: Path, simulator: Simulator, clients: int = 64, requests: int = 5000
 ) -> Row:
-    """SIGHUP again and again while clients send requests without a pause."""
+    """SIGHUP again and again while clients send requests without a pause.
+
+    Each changes MAX_BODY_BYTES, and is over once every worker rejects or accepts large bodies.
+    """
     gateway = Gateway(folder, simulator.url)
+    workers, problems = gateway.workers(), []
     busy = BusyClients(gateway.port, clients)
     reloads, times = 0, []
     try:
         while busy.done < requests or reloads < 2:
-            before = set(gateway.workers())
             done = busy.done
+            limit, status = ((2_000, 413), (200_000, 200))[reloads % 2]
+            (gateway.folder / ".env").write_text(f"MAX_BODY_BYTES={limit}\n")
             gateway.process.send_signal(signal.SIGHUP)
             began = time.monotonic()
-            eventually(lambda before=before: _replaced(gateway, before), 60)
+            eventually(lambda only=status: _statuses(gateway) == {only}, 60)
             times.append(time.monotonic() - began)
             reloads += 1
             goal = done + requests // 4
             eventually(lambda goal=goal: busy.done >= goal, 120)
+        if gateway.workers() != workers:
+            problems.append("a worker was replaced")
     finally:
         busy.stop()
         gateway.stop()
+    problems += busy.failures[:10]
     lost = f"{len(busy.failures)} of {busy.done} requests, {clients} clients, {reloads} reloads"
-    return Row("SIGHUP under load", lost, f"{max(times):.1f} s", busy.failures[:10])
+    return Row("SIGHUP under load", lost, f"{max(times):.1f} s", problems)
 
 
 def drain(folder: Path, simulator: Simulator, count: int = 16) -> Row:
@@ -255,10 +263,10 @@ def _terminate(gateway: Gateway, timeout: float) -> float:
     return time.monotonic() - began
 
 
-def _replaced(gateway: Gateway, before: set[int]) -> bool:
-    """Whether two workers are up, neither of them from before."""
-    now = set(gateway.workers())
-    return len(now - before) == 2 and not now & before
+def _statuses(gateway: Gateway) -> set[int]:
+    """The statuses of several chats of 50 kB, whichever workers they reach."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "count to 2" + " " * 50_000}]}
+    return {ask(gateway.port, body=body)[0] for _ in range(8)}
 
 
 def _has_two_workers(gateway: Gateway, victim: int) -> bool:
