@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gateway import sockets
+from gateway.lmstudio import sockets
 from gateway.observe import Metrics, Subscription
 from gateway.request import cancellation
 from gateway.sse import KEEP_ALIVE

@@ -8,7 +8,7 @@ keeps it connected, :mod:`.sdk` extends it, :mod:`.load_config` is the table of 
 This package must not know about Flask, about clients or about the shared state.
 """
 
-from gateway.lmstudio import load_config
+from gateway.lmstudio import load_config, sockets
 from gateway.lmstudio.exchange import ConnectionBroken, Exchange, ReadTimeout
 from gateway.lmstudio.http import Upstream
 from gateway.lmstudio.http1 import TOKEN, header_line
@@ -27,4 +27,5 @@ __all__ = [
     "get_link",
     "header_line",
     "load_config",
+    "sockets",
 ]

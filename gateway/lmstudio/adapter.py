@@ -21,8 +21,8 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
-from gateway import sockets
 from gateway.errors import Unreachable
+from gateway.lmstudio import sockets
 from gateway.lmstudio.exchange import Exchange
 
 #: Seconds to open a connection.

@@ -12,9 +12,8 @@ import requests
 from gevent.socket import wait_read
 from urllib3.connection import HTTPConnection
 
-from gateway import sockets
 from gateway.clock import remaining
-from gateway.lmstudio import http1
+from gateway.lmstudio import http1, sockets
 from gateway.lmstudio.sending import YIELD_BYTES, NothingSent, pieces_of, send
 
 #: The maximum size of one arrival, in bytes.

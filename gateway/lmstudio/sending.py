@@ -8,9 +8,9 @@ from typing import Any
 
 import gevent
 
-from gateway import sockets
 from gateway.errors import UpstreamTimeout
-from gateway.throttle import Throttle
+from gateway.lmstudio import sockets
+from gateway.logs import Throttle
 
 _throttle = Throttle(logging.getLogger(__name__))
 

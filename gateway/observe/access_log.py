@@ -15,8 +15,8 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
-from gateway import stderr
 from gateway.clock import timestamp
+from gateway.logs import stderr
 from gateway.observe.record import MAX_PATH, Record, milliseconds
 
 #: Lines queued for writing; beyond that the oldest are dropped. No text in a line is longer than

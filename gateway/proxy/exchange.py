@@ -17,6 +17,7 @@ from gateway import errors, sse
 from gateway.clock import remaining
 from gateway.errors import BadGateway, GatewayError, Headers, Overloaded, UpstreamTimeout
 from gateway.lmstudio import ConnectionBroken, Exchange, ReadTimeout, Upstream
+from gateway.logs import Throttle
 from gateway.observe import Record, Reporter
 from gateway.proxy import injection, relay, repair
 from gateway.proxy.usage import Tap
@@ -35,7 +36,6 @@ from gateway.request import (
 from gateway.settings import Settings
 from gateway.sse import HEARTBEAT
 from gateway.state import SharedStore
-from gateway.throttle import Throttle
 
 Environ = dict[str, Any]
 

@@ -15,8 +15,8 @@ from typing import Any
 import gevent
 import gevent.monkey
 
-from gateway import sockets
 from gateway.errors import GatewayError
+from gateway.lmstudio import sockets
 
 #: The key of the client's socket in the environ, where the WSGI server puts it.
 SOCKET = "gateway.socket"

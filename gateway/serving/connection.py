@@ -18,13 +18,13 @@ from typing import Any
 import gevent
 from gevent.pywsgi import WSGIServer
 
-from gateway import sockets
+from gateway.lmstudio import sockets
+from gateway.logs import Throttle
 from gateway.request import SOCKET
 from gateway.serving import descriptors
 from gateway.serving.parsing import RequestRejected, parse
 from gateway.serving.reading import READ_BYTES, ConnectionEnded, RequestBody, RequestReader
 from gateway.serving.response import ClientStalled, Response, final_response, send_all
-from gateway.throttle import Throttle
 
 Environ = dict[str, Any]
 

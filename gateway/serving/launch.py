@@ -19,8 +19,9 @@ from flask import Flask
 from gevent.event import Event
 from gevent.pool import Pool
 
-from gateway import stderr
-from gateway.serving import descriptors, logs
+from gateway import logs
+from gateway.logs import stderr
+from gateway.serving import descriptors
 from gateway.serving.reload import Reloader, apply
 from gateway.settings import Settings, SettingsError, load, read_environment, warnings
 from gateway.state import check_redis, open_sqlite, sqlite_path

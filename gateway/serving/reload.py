@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.serving import logs
+from gateway import logs
 from gateway.settings import (
     TABLE,
     Settings,

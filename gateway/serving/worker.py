@@ -14,7 +14,7 @@ import gevent
 from gunicorn import glogging
 from gunicorn.workers.ggevent import GeventWorker
 
-from gateway import stderr
+from gateway.logs import stderr
 from gateway.observe import LOST, SharedPages
 from gateway.serving import descriptors
 from gateway.serving.connection import Server, drain

@@ -6,8 +6,8 @@ import json
 import logging
 from typing import Any
 
-from gateway import stderr
 from gateway.clock import timestamp
+from gateway.logs import stderr
 
 LEVELS = {"error": "ERROR", "warn": "WARNING", "info": "INFO", "debug": "DEBUG"}
 
@@ -37,7 +37,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class Handler(logging.Handler):
-    """Writes each line to :mod:`gateway.stderr`. Needs no lock, as that is safe by itself."""
+    """Writes each line to :mod:`.stderr`. Needs no lock, as that is safe by itself."""
 
     def createLock(self) -> None:
         self.lock = None

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway import stderr
-from gateway.stderr import Queue
+from gateway.logs import stderr
+from gateway.logs.stderr import Queue
 
 
 @pytest.fixture

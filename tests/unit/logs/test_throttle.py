@@ -6,8 +6,7 @@ import logging
 
 import pytest
 
-from gateway import throttle
-from gateway.throttle import Throttle
+from gateway.logs import Throttle, throttle
 
 
 class Clock:
