@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.serving import connection
 from tests.faults.harness import Patched
-from tests.processes import Gateway, Simulator
+from tests.processes import Gateway, Simulator, eventually
 from tests.wire.client import Client
 
 SLOW_CLIENTS = 60
@@ -22,6 +23,7 @@ CHAT = json.dumps(
     {"model": "qwen2-1.5b-instruct", "messages": [{"role": "user", "content": "count to 3"}]}
 ).encode()
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+REQUEST = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
 #: What a slow client sends at once, and what it then sends byte by byte.
 SLOW = {
     "head": (HEAD, b"X-Slow: " + 500 * b"a"),
@@ -116,3 +118,66 @@ def test_a_body_that_arrives_too_slowly_gets_a_408_and_its_connection_closes(
         response = client.final()
         assert (response.status, response.header("Connection")) == ("408", "close")
         assert client.is_closed()
+
+
+@pytest.fixture
+def patched(simulator: Simulator, tmp_path: Path) -> Iterator[Callable[[str], Gateway]]:
+    """Starts a gateway with other constants in :mod:`gateway.serving.connection`."""
+    with ExitStack() as stack:
+
+        def start(constants: str) -> Gateway:
+            inside = f"import gateway.serving.connection as c; {constants}"
+            gateway = Patched(tmp_path, simulator.url, inside=inside, WEB_CONCURRENCY=1)
+            stack.callback(gateway.stop)
+            return gateway
+
+        yield start
+
+
+def test_the_first_head_has_10_seconds_and_each_further_one_65() -> None:
+    assert (connection.FIRST_HEAD, connection.KEEP_ALIVE) == (10, 65)
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD], ids=["nothing", "half a head"])
+def test_a_connection_whose_first_head_is_late_closes_and_others_stay(
+    sent: bytes, patched: Callable[[str], Gateway]
+) -> None:
+    gateway = patched("c.FIRST_HEAD, c.KEEP_ALIVE = 2.0, 600.0")
+    with Client(gateway.port) as served, Client(gateway.port) as late:
+        served.send(REQUEST)
+        assert served.final().status == "200"
+        late.send(sent)
+        assert late.is_closed()
+        # it has waited for its next head for longer than the late one for its first
+        served.send(REQUEST)
+        assert served.final().status == "200"
+
+
+def test_no_byte_prolongs_the_time_of_a_head(patched: Callable[[str], Gateway]) -> None:
+    gateway = patched("c.FIRST_HEAD, c.KEEP_ALIVE = 2.0, 600.0")
+    with Client(gateway.port) as late:
+        late.send(HEAD + b"X-Slow: ")
+        late.sock.settimeout(0.1)
+
+        def closed() -> bool:
+            late.send(b"a")
+            try:
+                return not late.sock.recv(1)
+            except TimeoutError:
+                return False
+            except ConnectionError:
+                return True
+
+        eventually(closed)
+
+
+def test_a_connection_whose_next_head_is_late_closes_and_new_ones_stay(
+    patched: Callable[[str], Gateway],
+) -> None:
+    gateway = patched("c.FIRST_HEAD, c.KEEP_ALIVE = 600.0, 0.5")
+    with Client(gateway.port) as late, Client(gateway.port) as silent:
+        late.send(REQUEST)
+        assert late.final().status == "200"
+        assert late.is_closed()
+        silent.send(REQUEST)
+        assert silent.final().status == "200"
