@@ -47,7 +47,7 @@ FIELDS: tuple[_Field, ...] = (
     _Field("cpuThreads", "llama.cpuThreadPoolSize"),
     _Field("ropeFrequencyBase", "llama.ropeFrequencyBase", checkbox=True, embedding=True),
     _Field("ropeFrequencyScale", "llama.ropeFrequencyScale", checkbox=True, embedding=True),
-    _Field("evalBatchSize", "llama.evalBatchSize"),
+    _Field("evalBatchSize", "llama.evalBatchSize", embedding=True),
     _Field("flashAttention", "llama.flashAttention"),
     _Field("keepModelInMemory", "llama.keepModelInMemory", embedding=True),
     _Field("tryMmap", "llama.tryMmap", embedding=True),
@@ -66,8 +66,8 @@ FIELDS: tuple[_Field, ...] = (
     ),
     _Field("offloadKVCacheToGpu", "offloadKVCacheToGpu"),
     _Field("numExperts", "numExperts"),
-    _Field("seed", "seed", checkbox=True),
-    _Field("gpuStrictVramCap", "load.gpuStrictVramCap"),
+    _Field("seed", "seed", checkbox=True, embedding=True),
+    _Field("gpuStrictVramCap", "load.gpuStrictVramCap", embedding=True),
     _Field("numParallelSessions", "numParallelSessions"),
     _Field("useUnifiedKvCache", "useUnifiedKvCache"),
     _Field("numCpuExpertLayersRatio", "numCpuExpertLayersRatio"),
@@ -98,7 +98,7 @@ def to_kv(config: dict[str, Any], model_type: str) -> tuple[list[KvField], list[
 
 def from_kv(fields: Iterable[KvField]) -> dict[str, Any]:
     """Convert LM Studio's KV fields to a ``loadConfig`` with plain values, without unknown keys."""
-    by_key = {field.get("key"): field.get("value") for field in fields}
+    by_key = {str(field.get("key")): field.get("value") for field in fields}
     applied: dict[str, Any] = {}
     for field in FIELDS:
         for model_type in ("llm", "embedding"):

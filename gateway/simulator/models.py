@@ -50,15 +50,16 @@ UNFAMILIAR_MODELS = _ROWS[-2:]
 _ANY_MODEL: JsonObject = {
     "contextLength": 4096, "llama.acceleration.offloadRatio": "max", "llama.tryMmap": True,
     "llama.keepModelInMemory": True, "llama.ropeFrequencyBase": {"checked": False, "value": 0},
-    "llama.ropeFrequencyScale": {"checked": False, "value": 0},
+    "llama.ropeFrequencyScale": {"checked": False, "value": 0}, "llama.evalBatchSize": 512,
+    "seed": {"checked": False, "value": -1},
 }  # fmt: skip
 _LLM_ONLY: JsonObject = {
-    "llama.autoFit": True, "llama.cpuThreadPoolSize": 4, "llama.evalBatchSize": 512,
+    "llama.autoFit": True, "llama.cpuThreadPoolSize": 4,
     "llama.flashAttention": False, "llama.useFp16ForKVCache": True, "numExperts": 0,
     "llama.kCacheQuantizationType": {"checked": False, "value": "f16"},
     "llama.vCacheQuantizationType": {"checked": False, "value": "f16"},
     "numCpuExpertLayersRatio": "off", "numParallelSessions": 4, "offloadKVCacheToGpu": True,
-    "seed": {"checked": False, "value": -1}, "useUnifiedKvCache": True,
+    "useUnifiedKvCache": True,
 }  # fmt: skip
 _SPLIT: JsonObject = {"strategy": "evenly", "disabledGpus": [], "priority": [], "customRatio": []}
 _TYPES = {"f32", "f16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"}

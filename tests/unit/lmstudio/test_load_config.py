@@ -54,8 +54,11 @@ EMBEDDING = {
     "contextLength",
     "ropeFrequencyBase",
     "ropeFrequencyScale",
+    "evalBatchSize",
     "keepModelInMemory",
     "tryMmap",
+    "seed",
+    "gpuStrictVramCap",
 }
 
 
@@ -84,6 +87,9 @@ def test_an_embedding_model_gets_its_own_keys_and_warnings_for_fields_it_lacks()
         "embedding.load.contextLength",
         "embedding.load.llama.ropeFrequencyBase",
         "embedding.load.llama.ropeFrequencyScale",
+        "embedding.load.llama.evalBatchSize",
+        "embedding.load.seed",
+        "load.gpuStrictVramCap",
         "embedding.load.llama.keepModelInMemory",
         "embedding.load.llama.tryMmap",
         "embedding.load.llama.acceleration.offloadRatio",
