@@ -14,7 +14,7 @@ from flask.json.provider import JSONProvider
 from werkzeug.exceptions import HTTPException
 
 from gateway import admin, debug, front, openapi, proxy, settings, version
-from gateway.admin import Models
+from gateway.admin import Models, Operation
 from gateway.errors import GatewayError, dumps
 from gateway.lmstudio import Link, Upstream, get_link
 from gateway.observe import AccessLog, EventBus, Metrics, Reporter
@@ -51,6 +51,8 @@ class Gateway:
     reporter: Reporter
     access: Access
     proxy: proxy.Proxy
+    #: The model loads in progress, whose clients wait for them.
+    operations: set[Operation]
     #: The event streams that this worker's clients read.
     event_streams: set[debug.EventStream]
     front: front.Front = field(init=False)
@@ -82,8 +84,15 @@ class Gateway:
         for stream in list(self.event_streams):
             stream.cut()
 
+    def abort(self) -> None:
+        """Abort what is still in flight. Called shortly before the grace period ends."""
+        self.proxy.abort_all()
+        for operation in list(self.operations):
+            operation.abort("The gateway is shutting down.")
+
     def stop(self) -> None:
         """Write what is still queued and release everything. Called after the last request."""
+        self.link.finish_cancelling()
         self.events.stop()
         self.log.stop()
         self.store.close()
@@ -151,6 +160,7 @@ def _build(configured: Settings, instance_path: str) -> Gateway:
         reporter=reporter,
         access=access,
         proxy=proxy.Proxy(access, configured, store, upstream, reporter),
+        operations=set(),
         event_streams=set(),
         started=time.monotonic(),
     )

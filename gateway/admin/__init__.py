@@ -9,6 +9,7 @@ This package must not know about inference.
 
 from gateway.admin import schemas
 from gateway.admin.models import Models
+from gateway.admin.operation import Operation
 from gateway.admin.views import blueprint
 
-__all__ = ["Models", "blueprint", "schemas"]
+__all__ = ["Models", "Operation", "blueprint", "schemas"]

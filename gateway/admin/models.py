@@ -5,19 +5,39 @@ Each operation reports its events through ``emit(event, data)``; README.rst list
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from gateway.errors import BadGateway, Conflict, GatewayError, NotFound, without_quotes
+import gevent
+
+from gateway.admin.instances import (
+    Model,
+    active_names,
+    describe,
+    describe_instance,
+    find_instance,
+    matches_any,
+    model_names,
+)
+from gateway.errors import (
+    BadGateway,
+    Conflict,
+    GatewayError,
+    InternalError,
+    NotFound,
+    without_quotes,
+)
 from gateway.lmstudio import Link, ServerRefused
 from gateway.lmstudio import load_config as loadconfig
 from gateway.state import Active, SharedStore
 
 Emit = Callable[[str, dict[str, Any]], None]
-Model = dict[str, Any]
-
 TYPES = ("llm", "embedding")
+#: Seconds for which an activation waits for the type of its model.
+TYPE_TIMEOUT = 1.0
 
 #: LM Studio's codes for an unknown model, and for a name under which nothing is loaded.
 UNKNOWN_MODEL = {"generic.pathNotFound", "generic.noModelMatchingQuery"}
@@ -27,6 +47,8 @@ NOT_LOADED = {
     "generic.specificModelUnloaded",
 }
 
+logger = logging.getLogger(__name__)
+
 
 class Models:
     """Model management over one link and one store."""
@@ -34,15 +56,17 @@ class Models:
     def __init__(self, link: Link, store: SharedStore) -> None:
         self._link = link
         self._store = store
+        #: The type of each downloaded model by its names, as LM Studio last reported them.
+        self._types: dict[str, str] = {}
 
     # Listing ----------------------------------------------------------------------------------
 
     def listing(self) -> dict[str, Any]:
         """``{"loaded": [...], "downloaded": [...], "active": {...} or None}``."""
         loaded = self._loaded()
-        downloaded = [_describe(model) for model in self._link.downloaded()]
+        downloaded = [describe(model) for model in self._downloaded()]
         return {
-            "loaded": [_describe_instance(model) for _, model in loaded],
+            "loaded": [describe_instance(model) for _, model in loaded],
             "downloaded": downloaded,
             "active": self._describe_active([model for _, model in loaded]),
         }
@@ -61,8 +85,11 @@ class Models:
         except GatewayError as error:
             emit("error", _failed("model_load", error.message, started))
             raise
-        except BaseException:
+        except gevent.GreenletExit:
             emit("error", _failed("model_load", "cancelled", started))
+            raise
+        except Exception:
+            emit("error", _failed("model_load", InternalError().message, started))
             raise
         complete = ("modelKey", "instanceId", "activated", "totalTimeMs")
         emit(
@@ -80,19 +107,29 @@ class Models:
         config = _config(wanted)
         kv_fields, warnings = loadconfig.to_kv(config, model_type)
         identifier = self._load_in_lmstudio(wanted, model_type, kv_fields, emit)
-        applied, differing = self._read_back(model_type, identifier, config, kv_fields)
-        activated = bool(wanted.get("activate", True))
-        if activated:
-            self._activate(key, identifier, model_type, wanted.get("defaultInference"), emit)
+        activate = bool(wanted.get("activate", True))
+        activation: gevent.Greenlet[..., str] | None = None
+        try:
+            applied, differing = self._read_back(model_type, identifier, config, kv_fields)
+            problem = ""
+            if activate:
+                # in a greenlet of its own, because a kill must not interrupt the store
+                activation = gevent.spawn(
+                    self._activate_loaded, wanted, identifier, model_type, emit
+                )
+                problem = activation.get()
+        except BaseException:
+            gevent.spawn(self._undo_interrupted, identifier, activation, emit)
+            raise
         return {
             "status": "loaded",
             "modelKey": key,
             "instanceId": identifier,
-            "activated": activated,
+            "activated": activate and not problem,
             "totalTimeMs": _since(started),
             "message": "Model loaded successfully via LM Studio SDK",
             "appliedConfig": applied,
-            "warnings": warnings + differing,
+            "warnings": warnings + differing + ([problem] if problem else []),
         }
 
     def _load_in_lmstudio(
@@ -109,7 +146,7 @@ class Models:
                 model_type, key, instance, wanted.get("ttlSeconds") or None, kv_fields, on_progress
             )
         except ServerRefused as refusal:
-            if refusal.code in UNKNOWN_MODEL:
+            if refusal.reason in UNKNOWN_MODEL:
                 raise NotFound(f"Model not found: {key}") from None
             if "already exists" in refusal.message and instance:
                 raise _taken(instance) from None
@@ -121,12 +158,47 @@ class Models:
         """What LM Studio applied, and a warning for each requested field that it did not apply."""
         try:
             applied = loadconfig.from_kv(self._link.load_config(model_type, identifier))
-        except (GatewayError, ServerRefused) as error:
+        except GatewayError as error:
             # the model is loaded, so this does not fail the load
-            return {}, [f"appliedConfig: could not be read back from LM Studio ({error})"]
+            return {}, [f"appliedConfig: could not be read back from LM Studio ({error.message})"]
         sent = loadconfig.from_kv(kv_fields)
         relevant = {name: value for name, value in config.items() if name in sent}
         return applied, loadconfig.differences(relevant, applied)
+
+    def _activate_loaded(
+        self, wanted: dict[str, Any], identifier: str, model_type: str, emit: Emit
+    ) -> str:
+        """Activate a model that was just loaded; returns a warning, empty unless that fails.
+
+        The load has succeeded all the same: a client that retried it would load a second copy.
+        """
+        default_inference = wanted.get("defaultInference")
+        try:
+            self._activate(wanted["modelKey"], identifier, model_type, default_inference, emit)
+        except GatewayError as error:
+            return f"activate: the model is loaded, but could not be activated ({error.message})"
+        return ""
+
+    def undo_load(self, result: dict[str, Any], emit: Emit) -> None:
+        """Unload what :meth:`load` has loaded, because its client disconnected without knowing."""
+        instance = result["instanceId"]
+        try:
+            self.unload({"instanceId": instance}, emit)
+        except NotFound:
+            pass
+        except GatewayError as error:
+            logger.warning(
+                "%s was loaded for a client that disconnected and could not be unloaded: %s",
+                instance,
+                error.message,
+            )
+
+    def _undo_interrupted(
+        self, identifier: str, activation: gevent.Greenlet[..., str] | None, emit: Emit
+    ) -> None:
+        if activation is not None:
+            activation.join()
+        self.undo_load({"instanceId": identifier}, emit)
 
     def _reject_taken(self, instance: str | None) -> None:
         if instance and any(model.get("identifier") == instance for _, model in self._loaded()):
@@ -138,48 +210,39 @@ class Models:
         """Unload the instance that ``modelKey``, ``instanceId`` or both name; returns the response
         body."""
         started = time.monotonic()
-        namespace, model = self._find_instance(wanted)
+        loaded = self._loaded()
+        namespace, model = find_instance(wanted, loaded)
+        others = [other for _, other in loaded if other is not model]
         names = {"modelKey": model.get("modelKey", ""), "instanceId": model["identifier"]}
         emit("model_unload_start", dict(names))
         try:
             self._link.unload(namespace, model["identifier"])
         except ServerRefused as refusal:
             emit("error", _failed("model_unload", refusal.message, started))
-            if refusal.code in NOT_LOADED:
+            if refusal.reason in NOT_LOADED:
                 raise NotFound(f"Model not loaded: {model['identifier']}") from None
             raise BadGateway(refusal.message, code="unload_failed") from None
         except GatewayError as error:
             emit("error", _failed("model_unload", error.message, started))
             raise
-        self._deactivate_unloaded(model, emit)
+        self._deactivate_unloaded(model, others, emit)
         took = {"totalTimeMs": _since(started)}
         emit("model_unload_complete", names | took)
         message = "Model unloaded successfully via LM Studio SDK"
         return {"status": "unloaded", **names, **took, "message": message}
 
-    def _find_instance(self, wanted: dict[str, Any]) -> tuple[str, Model]:
-        key, instance = wanted.get("modelKey"), wanted.get("instanceId")
-        found = [
-            (namespace, model)
-            for namespace, model in self._loaded()
-            if (instance is None or model.get("identifier") == instance)
-            and (key is None or key in _names(model))
-        ]
-        if not found:
-            raise NotFound(f"Model not loaded: {instance or key}")
-        # LM Studio names the first instance of a model after its key
-        exact = [entry for entry in found if entry[1].get("identifier") == key]
-        if len(found) > 1 and not exact:
-            instances = ", ".join(str(model.get("identifier")) for _, model in found)
-            raise Conflict(f"Several instances of {key} are loaded: name one ({instances}).")
-        return exact[0] if exact else found[0]
+    def _deactivate_unloaded(self, model: Model, others: list[Model], emit: Emit) -> None:
+        """Deactivate the active model if no instance of it is left after an unload.
 
-    def _deactivate_unloaded(self, model: Model, emit: Emit) -> None:
+        ``others`` were loaded beside it; they count if LM Studio doesn't say what is loaded now.
+        """
         active = self._store.active()
         if active is None:
             return
         if active.instance_id is None:
-            unloaded = active.model_key in _names(model) and not self._is_loaded(active)
+            with suppress(GatewayError):
+                others = [other for _, other in self._loaded()]
+            unloaded = active.model_key in model_names(model) and not matches_any(active, others)
         else:
             unloaded = active.instance_id == model.get("identifier")
         if unloaded:
@@ -217,11 +280,11 @@ class Models:
     ) -> None:
         active = Active(key, instance, model_type, default_inference or {})
         self._store.set_active(active)
-        emit("model_activate", _active_names(active))
+        emit("model_activate", active_names(active))
 
     def _deactivate(self, active: Active, emit: Emit) -> None:
         self._store.set_active(None)
-        emit("model_deactivate", _active_names(active))
+        emit("model_deactivate", active_names(active))
 
     # LM Studio's models ------------------------------------------------------------------------
 
@@ -231,50 +294,36 @@ class Models:
 
     def _type_of(self, key: str) -> str | None:
         """``llm`` or ``embedding``; None when LM Studio has no such model."""
-        for model in self._link.downloaded():
-            if key in _names(model):
-                return "embedding" if model.get("type") == "embedding" else "llm"
-        return None
+        self._downloaded()
+        return self._types.get(key)
+
+    def _downloaded(self) -> list[Model]:
+        """Every downloaded model; remembers the types."""
+        models = self._link.downloaded()
+        self._types = {
+            name: "embedding" if model.get("type") == "embedding" else "llm"
+            for model in reversed(models)
+            for name in model_names(model)
+        }
+        return models
 
     def _likely_type(self, key: str) -> str:
-        """The type that LM Studio reports or, while LM Studio is unreachable, a guess from the key.
+        """The type that LM Studio reports. While LM Studio does not answer, the one that it last
+        reported, or else a guess from the key.
 
         Activating changes only the gateway, so it works without LM Studio.
         """
-        try:
-            known = self._type_of(key) if self._link.is_connected() else None
-        except (GatewayError, ServerRefused):
-            known = None
-        return known or ("embedding" if "embed" in key.lower() else "llm")
-
-    def _is_loaded(self, active: Active) -> bool:
-        return _matches_any(active, [model for _, model in self._loaded()])
+        with suppress(GatewayError), gevent.Timeout(TYPE_TIMEOUT, False):
+            if self._link.is_connected():
+                self._downloaded()
+        return self._types.get(key) or ("embedding" if "embed" in key.lower() else "llm")
 
     def _describe_active(self, loaded: list[Model]) -> dict[str, Any] | None:
         active = self._store.active()
         if active is None:
             return None
-        names = _active_names(active)
-        return names | {"type": active.model_type, "loaded": _matches_any(active, loaded)}
-
-
-def _names(model: Model) -> set[Any]:
-    """The names under which a model or an instance is known."""
-    return {model.get("modelKey"), model.get("path"), model.get("indexedModelIdentifier")}
-
-
-def _matches_any(active: Active, loaded: list[Model]) -> bool:
-    if active.instance_id is not None:
-        return any(model.get("identifier") == active.instance_id for model in loaded)
-    return any(active.model_key in _names(model) | {model.get("identifier")} for model in loaded)
-
-
-def _active_names(active: Active) -> dict[str, Any]:
-    return {
-        "modelKey": active.model_key,
-        "instanceId": active.instance_id,
-        "defaultInference": active.default_inference,
-    }
+        names = active_names(active)
+        return names | {"type": active.model_type, "loaded": matches_any(active, loaded)}
 
 
 def _load_names(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -297,12 +346,3 @@ def _taken(instance: str) -> Conflict:
 
 def _since(started: float) -> int:
     return round((time.monotonic() - started) * 1000)
-
-
-def _describe(model: Model) -> Model:
-    """A downloaded model with ``size`` beside LM Studio's own fields."""
-    return {**model, "size": model.get("sizeBytes")}
-
-
-def _describe_instance(model: Model) -> Model:
-    return {"ttlMs": None, **model}

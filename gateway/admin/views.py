@@ -27,16 +27,22 @@ def list_models() -> dict[str, Any]:
 
 
 @blueprint.post("/models/load")
-def load() -> Response | dict[str, Any]:
+def load() -> Response:
     """Load a model; respond with JSON at its end, or with a stream of its events."""
     wanted = schemas.parse(schemas.LoadSchema(), _body())
-    models = _models()
-    publish = _publisher()
-    operation = Operation(lambda emit: models.load(wanted, emit), publish)
+    models, publish = _models(), _publisher()
+    operation = Operation(
+        request.environ,
+        lambda emit: models.load(wanted, emit),
+        lambda result: models.undo_load(result, publish),
+        publish,
+        current_app.extensions["gateway"].operations,
+    )
     if _wants_events():
-        body = operation.events(request.environ, request.environ[REQUEST_ID])
-        return Response(body, content_type=sse.CONTENT_TYPE, headers=sse.UNBUFFERED)
-    return operation.result(request.environ)
+        return Response(operation.events(), content_type=sse.CONTENT_TYPE, headers=sse.UNBUFFERED)
+    body = operation.result()
+    headers = {"Content-Length": str(body.length)}
+    return Response(body, content_type="application/json", headers=headers)
 
 
 @blueprint.post("/models/unload")

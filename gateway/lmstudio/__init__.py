@@ -1,7 +1,8 @@
 """The two ways to reach LM Studio: its SDK's WebSocket and its HTTP server.
 
-:mod:`.link` manages models through the official SDK and is the file to read first; :mod:`.sessions`
-keeps it connected, :mod:`.sdk` extends it, :mod:`.load_config` is the table of load settings.
+:mod:`.link` manages models through the official SDK and is the file to read first; :mod:`.loading`
+is a load, :mod:`.sessions` keeps the SDK connected, :mod:`.sdk` extends it, :mod:`.load_config` is
+the table of load settings.
 :mod:`.http` sends inference requests over the connections that :mod:`.adapter` keeps; an
 :mod:`.exchange` is one request with its response, which :mod:`.http1` parses.
 

@@ -11,16 +11,17 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from lmstudio.json_api import LoadModelEndpoint
+from gevent.pool import Group
 
 from gateway.errors import GatewayError
-from gateway.lmstudio.sdk import LinkLost, PlainParameter, cancel_load
+from gateway.lmstudio.apart import apart
+from gateway.lmstudio.loading import Load
+from gateway.lmstudio.sdk import LinkLost, PlainParameter
 from gateway.lmstudio.sessions import Sessions
 from gateway.settings import Settings
 
-#: The longest silence in seconds during a load. The WebSocket's pings notice a frozen LM Studio
-#: sooner.
-LOAD_TIMEOUT = 300.0
+#: Seconds that cancelling loads may take when the process ends.
+CANCEL_TIMEOUT = 1.0
 
 
 class Link:
@@ -33,6 +34,7 @@ class Link:
 
     def __init__(self, settings: Settings) -> None:
         self._sessions = Sessions(settings)
+        self._cancelling = Group()
         self._pid = os.getpid()
 
     def configure(self, settings: Settings) -> None:
@@ -74,38 +76,33 @@ class Link:
         Without ``ttl_seconds`` the instance has no TTL. ``on_progress`` is called with 0 to 1. An
         exception that interrupts the wait (a killed greenlet, say) cancels the load in LM Studio.
         """
-        with self._sessions.session(namespace) as session:
-            types = session._API_TYPES
-            endpoint: Any = LoadModelEndpoint(
-                model_key,
-                identifier,
-                ttl_seconds,
-                types.REQUEST_NEW_INSTANCE,
-                types.MODEL_LOAD_CONFIG,
-                None,
-                on_progress,
-            )
-            layer = endpoint.creation_params["loadConfigStack"]["layers"][0]
-            layer["config"]["fields"].extend(kv_fields)
-            with session._create_channel(endpoint) as channel:
-                channel._timeout = LOAD_TIMEOUT
-                try:
-                    return str(channel.wait_for_result().identifier)
-                except BaseException:
-                    cancel_load(session, endpoint, channel)
-                    raise
+        load = Load(
+            self._sessions,
+            namespace,
+            on_progress,
+            lambda identifier: self.unload(namespace, identifier),
+        )
+        try:
+            return apart(load.run, model_key, identifier, ttl_seconds, kv_fields)
+        except BaseException:
+            self._cancelling.spawn(load.cancel)
+            raise
 
     def connect(self) -> None:
         """Connect to LM Studio if not yet connected; checks that it runs and accepts the token."""
-        self._sessions.connect("system")
+        apart(self._sessions.connect, "system")
 
     def is_connected(self) -> bool:
         """Whether LM Studio is connected, or a first attempt to connect succeeds."""
         try:
-            self._sessions.connect("system", attempts=1)
+            apart(self._sessions.connect, "system", attempts=1)
         except GatewayError:
             return False
         return True
+
+    def finish_cancelling(self) -> None:
+        """Wait until the loads that are being cancelled are, or for :data:`CANCEL_TIMEOUT`."""
+        self._cancelling.join(CANCEL_TIMEOUT)
 
     def close(self) -> None:
         """Close every connection; the next call connects again."""
@@ -122,11 +119,13 @@ class Link:
         """Make one remote call. A read-only one is retried once if the connection is lost."""
         argument: Any = None if parameter is None else PlainParameter(parameter)
         try:
-            with self._sessions.session(namespace) as session:
-                return session.remote_call(endpoint, argument)
+            return apart(self._call_once, namespace, endpoint, argument)
         except LinkLost:
             if not read_only:
                 raise
+        return apart(self._call_once, namespace, endpoint, argument)
+
+    def _call_once(self, namespace: str, endpoint: str, argument: Any) -> Any:
         with self._sessions.session(namespace) as session:
             return session.remote_call(endpoint, argument)
 
@@ -146,4 +145,5 @@ def get_link(settings: Settings) -> Link:
 
 
 def _dicts(reply: Any) -> list[dict[str, Any]]:
-    return [item for item in reply or [] if isinstance(item, dict)]
+    """The dicts of a list; LM Studio may send something else."""
+    return [item for item in reply if isinstance(item, dict)] if isinstance(reply, list) else []

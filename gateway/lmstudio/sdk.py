@@ -1,5 +1,5 @@
 """Adds to the official SDK (``lmstudio`` 1.5.0) what it lacks: API tokens, TLS, a quiet log,
-cancelling.
+tolerance.
 
 Only this module, :mod:`.sessions` and :mod:`.link` use private names of the SDK;
 ``tests/unit/lmstudio/test_sdk_contract.py`` fails when a release moves them.
@@ -31,6 +31,7 @@ NOISY_LOGGERS = (
     "SyncLMStudioWebsocket",
     "SyncRemoteCall",
     "SyncToAsyncWebsocketBridge",
+    "WatchedBridge",
     "WatchedHandler",
     "httpx",
     "httpcore",
@@ -45,16 +46,15 @@ class LinkLost(Unreachable):
     """The connection was lost during a call. The next call connects again."""
 
 
-class ServerRefused(Exception):
-    """LM Studio responded to a call with an error.
+class ServerRefused(BadGateway):
+    """LM Studio responded to a call with an error, whose words are the message.
 
-    ``code`` is the error's ``displayData.code``, or empty.
+    ``reason`` is the error's ``displayData.code``, or empty.
     """
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
-        self.message = message
-        self.code = code
+        self.reason = reason
 
 
 class TokenClient(lmstudio.Client):
@@ -74,7 +74,8 @@ class WatchedHandler(AsyncWebsocketHandler):
     """The SDK's receiving side of a WebSocket, which also notices that LM Studio vanished.
 
     After a power loss, or on a network that is down, no packet ever says so. Dropping the socket
-    ends the calls and loads that wait on it.
+    ends the calls and loads that wait on it. A frame that the SDK does not expect does not, nor
+    does a caller that stops waiting.
     """
 
     _received = False
@@ -93,9 +94,22 @@ class WatchedHandler(AsyncWebsocketHandler):
 
     async def _enqueue_message(self, message: Any) -> bool:
         self._received = True
-        if isinstance(message, dict) and message.get("type") == "keepAliveAck":
+        frame = readable(message)
+        return frame is not None and await super()._enqueue_message(frame)
+
+    async def _process_next_message(self) -> bool:
+        try:
+            return await super()._process_next_message()
+        except ValueError:  # no JSON
             return False
-        return await super()._enqueue_message(message)
+
+    def _rx_queue_get_threadsafe(self, rx_queue: Any, timeout: float | None) -> Any:
+        future = self._task_manager.run_coroutine_threadsafe(rx_queue.get())
+        try:
+            return future.result(timeout)
+        finally:
+            # asyncio reports a task that is destroyed while it waits; a finished one stays as it is
+            future.cancel()
 
     async def _watch(self) -> None:
         """Send ``keepAlive`` frames until nothing arrives any more."""
@@ -157,6 +171,27 @@ class PlainParameter:
         return self._parameter
 
 
+def readable(message: Any) -> dict[str, Any] | None:
+    """Return a frame that the SDK can read, or None for one that it can't.
+
+    The SDK ends the whole socket, with every call and load on it, at one frame that it does not
+    know. It reads errors as objects, though LM Studio may send a text.
+    """
+    match message:
+        case (
+            {"type": "rpcResult", "callId": int()}
+            | {"type": "channelSend", "channelId": int(), "message": dict()}
+            | {"type": "channelClose", "channelId": int()}
+            | {"type": "rpcError", "callId": int(), "error": dict()}
+            | {"type": "channelError", "channelId": int(), "error": dict()}
+        ):
+            return dict(message)
+        case {"type": "rpcError", "callId": int()} | {"type": "channelError", "channelId": int()}:
+            title = str(message.get("error") or "LM Studio gave no reason.")
+            return {**message, "error": {"title": title}}
+    return None
+
+
 def ignore_proxies() -> None:
     """Keep HTTP(S)_PROXY and ALL_PROXY from diverting the SDK's socket: LM Studio is on the LAN."""
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
@@ -176,13 +211,6 @@ def silence_sdk() -> None:
     """Keep the SDK's messages out of the gateway's log; its errors are raised as exceptions too."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def cancel_load(session: Any, endpoint: Any, channel: Any) -> None:
-    """Cancel a load, which would otherwise continue after a timeout or a killed greenlet."""
-    if not endpoint.is_finished and session._lmsws is not None:
-        with suppress(Exception):
-            channel.cancel()
 
 
 def refusal(error: lmstudio.LMStudioServerError) -> ServerRefused:

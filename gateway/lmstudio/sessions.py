@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import gevent
 import lmstudio
 
-from gateway.errors import GatewayError, Unreachable, UpstreamTimeout
+from gateway.errors import BadGateway, GatewayError, Unreachable, UpstreamTimeout
 from gateway.lmstudio.sdk import (
     GuardedWebsocket,
     LinkLost,
@@ -36,6 +36,9 @@ from gateway.settings import Settings
 CONNECT_TIMEOUT = 5.0
 #: Seconds to wait for the reply to a remote call.
 CALL_TIMEOUT = 10.0
+
+#: Characters of a malformed message that the error about it quotes.
+MAX_QUOTED = 300
 
 #: The namespaces in which the gateway makes calls.
 NAMESPACES = ("llm", "embedding", "system")
@@ -90,6 +93,9 @@ class Sessions:
             raise UpstreamTimeout("LM Studio did not answer in time.") from None
         except lmstudio.LMStudioServerError as error:
             raise refusal(error) from None
+        except lmstudio.LMStudioError as error:
+            text = " ".join(str(error).split())[:MAX_QUOTED]
+            raise BadGateway(f"LM Studio sent something malformed: {text}") from None
         except (AssertionError, AttributeError):
             # the SDK's attributes become None if the connection is lost between check and use
             if session._lmsws is websocket and websocket._httpx_ws is not None:

@@ -19,12 +19,13 @@ from gateway.request.access import (
     request_id_of,
 )
 from gateway.request.budget import Budget, Share
-from gateway.request.cancellation import SOCKET, ClientDisconnected, ClientWatch
+from gateway.request.cancellation import DELIVERED, SOCKET, ClientDisconnected, ClientWatch
 from gateway.request.target import is_authority, normalize, origin_form, upstream_target
 
 __all__ = [
     "CLIENT",
     "DASHBOARD_PATHS",
+    "DELIVERED",
     "HEALTH_PATHS",
     "REQUEST_ID",
     "SOCKET",

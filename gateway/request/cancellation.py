@@ -20,6 +20,9 @@ from gateway.lmstudio import sockets
 
 #: The key of the client's socket in the environ, where the WSGI server puts it.
 SOCKET = "gateway.socket"
+#: The environ key that the WSGI server sets to True when it has handed the last byte of the
+#: response to the kernel.
+DELIVERED = "gateway.delivered"
 #: Seconds between two checks of a client that has sent more than its request (pipelining): the
 #: unread data hides the end of the stream from MSG_PEEK, but not from poll(2).
 PIPELINED_INTERVAL = 0.25
@@ -94,6 +97,17 @@ def watch(environ: dict[str, Any], on_disconnect: Callable[[], None]) -> ClientW
     """Watch the client of a request; None if the WSGI server does not expose its socket."""
     client = environ.get(SOCKET)
     return None if client is None else ClientWatch(client, on_disconnect)
+
+
+def has_disconnected(environ: dict[str, Any]) -> bool:
+    """Whether the client of a request has disconnected by now."""
+    client = environ.get(SOCKET)
+    return client is not None and (sockets.peek(client) == b"" or _has_closed(client))
+
+
+def is_delivered(environ: dict[str, Any]) -> bool:
+    """Whether the client was sent the whole response, as far as the WSGI server tells."""
+    return bool(environ.get(DELIVERED, SOCKET not in environ))
 
 
 def _has_closed(client: Any) -> bool:

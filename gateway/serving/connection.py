@@ -219,4 +219,4 @@ def drain(app: Any, servers: list[Server], grace: float) -> None:
     for server in servers:
         server.close_idle()
     gevent.sleep(max(0.0, grace - DRAIN_KEEP_ALIVE - ABORT_MARGIN))
-    app.extensions["gateway"].proxy.abort_all()
+    app.extensions["gateway"].abort()

@@ -12,7 +12,7 @@ from gevent import GreenletExit
 
 from gateway import errors
 from gateway.errors import GatewayError, Headers, InternalError
-from gateway.request import request_id_of
+from gateway.request import DELIVERED, request_id_of
 from gateway.serving.reading import READ_BYTES, ConnectionEnded, RequestBody
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Response:
                 self.write(b"")
             if self._chunked:
                 send_all(self._socket, b"0\r\n\r\n")
+            self._environ[DELIVERED] = True
         except (ConnectionEnded, OSError, GreenletExit):
             raise
         except Exception as fault:

@@ -21,6 +21,11 @@ class Switches:
     silent_rpc: bool = False  #: no RPC is answered
     silent_http: bool = False  #: ``/v1`` and the greeting hang until this is off
     fail_loads: str | None = None  #: every load fails with this cause
+    refuse_rpc: str | None = None  #: calls of this endpoint are refused
+    silent_endpoint: str | None = None  #: calls of this endpoint are made, but not answered
+    odd_frames: bool = False  #: frames that no client knows come before each reply
+    odd_progress: bool = False  #: the progress of a load is no number from 0 to 1
+    close_loads: bool = False  #: the channel of a load closes before its success
     load_ms: int = 0  #: how long a load takes; 0: as long as the model's size suggests
     unknown_model_type: bool = False  #: two models that the SDK's types don't know are listed
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from email.message import Message
 from io import BufferedReader
+from itertools import cycle
 from typing import Any, Protocol
 
 import gevent
@@ -18,6 +19,15 @@ from wsproto.utilities import ProtocolError
 
 from gateway.simulator.models import MODELS, UNFAMILIAR_MODELS, Instance, JsonObject, Refusal
 from gateway.simulator.state import Simulator
+
+#: Frames that a later LM Studio might send, and some that none should.
+_ODD_FRAMES = (
+    *('{"type": "announcement", "text": "new"}', '{"type": "rpcProgress", "callId": 1}'),
+    *('{"type": "channelSend", "channelId": "x", "message": {}}', '{"channelId": [1]}', "{}"),
+    *("null", "7", "[]", "no JSON"),
+)
+#: What ``progress`` is while a load reports no numbers from 0 to 1.
+_ODD_PROGRESS: tuple[Any, ...] = (None, "half", float("nan"), True, [], -1, 0.5, 7, float("inf"))
 
 
 class Dropped(gevent.GreenletExit):  # type: ignore[misc]  # gevent has no types here
@@ -140,6 +150,8 @@ class Session:
         with suppress(OSError, ProtocolError):
             try:
                 for reply in replies:
+                    for frame in _ODD_FRAMES if self._simulator.switches.odd_frames else ():
+                        self._send_event(TextMessage(data=frame))
                     self._send(**reply)
             except Refusal as refusal:
                 self._send(**failure, error=refusal.error)
@@ -157,15 +169,22 @@ class Session:
             return self._warn(parameter)
         self._loads[number] = new
         switches = self._simulator.switches
-        seconds = switches.load_ms / 1000
+        seconds, odd = switches.load_ms / 1000, cycle(_ODD_PROGRESS)
         for message in self._simulator.memory.load(new, switches.fail_loads, seconds):
+            if switches.close_loads and message["type"] == "success":
+                break
+            if switches.odd_progress and message["type"] == "progress":
+                message["progress"] = next(odd)
             yield {"type": "channelSend", "channelId": number, "message": message}
         yield {"type": "channelClose", "channelId": number}
 
     def _call(self, number: int, endpoint: str, parameter: Any) -> Iterator[JsonObject]:
         """Make a call of the namespace ``system``, or of one for models."""
         memory, space = self._simulator.memory, self.namespace
+        switches = self._simulator.switches
         result: Any = None
+        if switches.refuse_rpc == endpoint:
+            raise Refusal("The call was refused", "It is a bad day.")
         match "model" if space in ("llm", "embedding") else space, endpoint, parameter:
             case "system", "version", None:
                 result = {"version": "0.3.31", "build": 1}
@@ -185,5 +204,7 @@ class Session:
                 del memory.instances[name]
             case _:
                 return self._warn(space, endpoint, parameter)
+        if switches.silent_endpoint == endpoint:
+            return
         given = {} if result is None else {"result": result}
         yield {"type": "rpcResult", "callId": number, **given}

@@ -45,7 +45,7 @@ def test_only_the_modules_of_the_link_use_the_sdk() -> None:
         for path in (ROOT / "gateway").rglob("*.py")
         if re.search(r"^\s*(import|from) lmstudio\b", path.read_text(), re.MULTILINE)
     ]
-    assert sorted(users) == ["link.py", "sdk.py", "sessions.py"]
+    assert sorted(users) == ["loading.py", "sdk.py", "sessions.py"]
 
 
 def test_the_bridge_has_the_signatures_and_properties_in_use() -> None:
