@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ from urllib3.exceptions import HTTPError
 
 from gateway.errors import Unreachable
 from gateway.lmstudio import sockets
+from gateway.lmstudio.addresses import Addresses
 from gateway.lmstudio.exchange import Exchange
 
 #: Seconds to open a connection.
@@ -53,6 +55,7 @@ class LMStudioAdapter(HTTPAdapter):
         self._tls = parts.scheme == "https"
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or (443 if self._tls else 80)
+        self._addresses = Addresses(self._host, self._port)
         self._idle: deque[tuple[Connection, float]] = deque()
 
     def send(
@@ -103,30 +106,38 @@ class LMStudioAdapter(HTTPAdapter):
         return None
 
     def connect(self) -> Connection:
-        """Open a new connection; raises Unreachable."""
+        """Open a new connection, to the first address that accepts it; raises Unreachable."""
+        with suppress(OSError):  # the name can't be resolved
+            for address in self._addresses.in_turn():
+                connection = self._connection(address)
+                try:
+                    connection.connect()
+                except (HTTPError, OSError):
+                    connection.close()
+                    continue
+                except BaseException:
+                    connection.close()
+                    raise
+                self._addresses.worked(address)
+                return connection
+        raise Unreachable("LM Studio can't be reached. Is it running, with its server on?")
+
+    def _connection(self, address: str) -> Connection:
         options = [*HTTPConnection.default_socket_options, *keep_alive_options()]
-        connection: Connection
-        if self._tls:
-            connection = HTTPSConnection(
-                self._host,
-                self._port,
-                timeout=CONNECT_TIMEOUT,
-                socket_options=options,
-                cert_reqs="CERT_REQUIRED",
-                ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
+        if not self._tls:
+            return HTTPConnection(
+                address, self._port, timeout=CONNECT_TIMEOUT, socket_options=options
             )
-        else:
-            connection = HTTPConnection(
-                self._host, self._port, timeout=CONNECT_TIMEOUT, socket_options=options
-            )
-        try:
-            connection.connect()
-        except (HTTPError, OSError):
-            connection.close()
-            raise Unreachable(
-                "LM Studio can't be reached. Is it running, with its server on?"
-            ) from None
-        return connection
+        return HTTPSConnection(
+            address,
+            self._port,
+            timeout=CONNECT_TIMEOUT,
+            socket_options=options,
+            cert_reqs="CERT_REQUIRED",
+            ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
+            # the certificate is for the name
+            server_hostname=self._host,
+        )
 
 
 def keep_alive_options() -> list[tuple[int, int, int]]:

@@ -7,10 +7,8 @@ retries, deadlines, and reconnecting after a loss.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +19,7 @@ import gevent
 import lmstudio
 
 from gateway.errors import BadGateway, GatewayError, Unreachable, UpstreamTimeout
+from gateway.lmstudio.addresses import Addresses
 from gateway.lmstudio.sdk import (
     GuardedWebsocket,
     LinkLost,
@@ -30,9 +29,10 @@ from gateway.lmstudio.sdk import (
     silence_sdk,
     use_selector_loop,
 )
+from gateway.logs import Throttle
 from gateway.settings import Settings
 
-#: Seconds for one connection attempt, from TCP to authentication.
+#: Seconds for one connection attempt to one address, from TCP to authentication.
 CONNECT_TIMEOUT = 5.0
 #: Seconds to wait for the reply to a remote call.
 CALL_TIMEOUT = 10.0
@@ -44,6 +44,7 @@ MAX_QUOTED = 300
 NAMESPACES = ("llm", "embedding", "system")
 
 logger = logging.getLogger(__name__)
+_throttle = Throttle(logger)
 
 
 class _Connecting:
@@ -66,6 +67,7 @@ class Sessions:
         self._tls = parts.scheme == "https"
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or (443 if self._tls else 80)
+        self._addresses = Addresses(self._host, self._port)
         self.configure(settings)
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -163,26 +165,46 @@ class Sessions:
             connecting.done.set()
 
     def _connect(self, namespace: str, attempts: int) -> None:
+        reason: Exception | None = None
         for attempt in range(1, attempts + 1):
             if attempt > 1:
                 gevent.sleep(self._retry_delay)
             try:
-                with gevent.Timeout(CONNECT_TIMEOUT, LinkLost("timeout")):
-                    self._open(namespace)
+                self._open(namespace)
                 return
             except (LinkLost, lmstudio.LMStudioWebsocketError, OSError) as error:
-                logger.info("connection attempt %d to LM Studio failed: %s", attempt, error)
+                logger.debug("connection attempt %d to LM Studio's SDK failed: %s", attempt, error)
+                reason = error
+        _throttle.warning(
+            "connect", "LM Studio's SDK can't be connected to (%d attempts): %s", attempts, reason
+        )
         raise Unreachable(
             f"Failed to connect to LM Studio SDK after {attempts} attempts. "
             "Ensure LM Studio is running and the API server is enabled."
         )
 
     def _open(self, namespace: str) -> None:
-        """Open a session's WebSocket. The SDK would do it with a URL that is always ``ws://``."""
+        """Open a session's WebSocket, at the first address that accepts it."""
+        failure: Exception = LinkLost("the host name has no address")
+        # with TLS it stays a name, to match the certificate, and the SDK tries all its addresses
+        for address in [self._host] if self._tls else self._addresses.in_turn():
+            try:
+                with gevent.Timeout(CONNECT_TIMEOUT, LinkLost("timeout")):
+                    self._open_at(namespace, address)
+                self._addresses.worked(address)
+                return
+            except (LinkLost, lmstudio.LMStudioWebsocketError, OSError) as error:
+                failure = error
+        raise failure
+
+    def _open_at(self, namespace: str, address: str) -> None:
+        """Open a session's WebSocket. The SDK would do it with a URL that is always ``ws://``, and
+        resolving a name inside its loop can hang (gevent issue 2213)."""
         client = self._sdk_client()
         session: Any = getattr(client, namespace)
         scheme = "wss" if self._tls else "ws"
-        url = f"{scheme}://{self._address()}:{self._port}/{namespace}"
+        host = f"[{address}]" if ":" in address else address
+        url = f"{scheme}://{host}:{self._port}/{namespace}"
         websocket = GuardedWebsocket(client._ws_thread, url, client._auth_details)
         session._lmsws = session._resources.enter_context(websocket)
 
@@ -196,20 +218,6 @@ class Sessions:
             client_type = type("GatewayClient", (TokenClient,), {"api_token": self._token})
             self._client = client_type(f"{self._host}:{self._port}")
         return self._client
-
-    def _address(self) -> str:
-        """Return the host as an IP address, because resolving a name inside the SDK's loop can hang
-        (gevent issue 2213). With TLS it stays a name, to match the certificate."""
-        if self._tls:
-            return f"[{self._host}]" if ":" in self._host else self._host
-        try:
-            ip = ipaddress.ip_address(self._host)
-        except ValueError:
-            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-            # LM Studio listens on IPv4, but "localhost" often resolves to ::1 first
-            found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-            ip = ipaddress.ip_address(found[0][4][0])
-        return f"[{ip}]" if ip.version == 6 else str(ip)
 
     def _drop(self, session: Any, websocket: Any) -> None:
         """Disconnect a session, unless another caller has replaced its WebSocket meanwhile."""
