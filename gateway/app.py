@@ -16,8 +16,8 @@ from werkzeug.exceptions import HTTPException
 from gateway import admin, debug, front, openapi, proxy, settings, version
 from gateway.admin import Models, Operation
 from gateway.errors import GatewayError, dumps
-from gateway.lmstudio import Link, Upstream, get_link
-from gateway.observe import AccessLog, EventBus, Metrics, Reporter
+from gateway.lmstudio import Link, Monitor, Upstream, get_link
+from gateway.observe import AccessLog, EventBus, HostReporter, Metrics, Reporter
 from gateway.request import Access
 from gateway.settings import Settings
 from gateway.state import SharedStore, open_store
@@ -51,6 +51,8 @@ class Gateway:
     reporter: Reporter
     access: Access
     proxy: proxy.Proxy
+    monitor: Monitor
+    hosts: HostReporter
     #: The model loads in progress, whose clients wait for them.
     operations: set[Operation]
     #: The event streams that this worker's clients read.
@@ -63,6 +65,7 @@ class Gateway:
         """Start the background work. Called in the worker, after the fork."""
         self.events.start()
         self.log.start()
+        gevent.spawn(self._monitor)
         gevent.spawn(self._maintain)
 
     def reconfigure(self, configured: Settings) -> None:
@@ -96,6 +99,11 @@ class Gateway:
         self.events.stop()
         self.log.stop()
         self.store.close()
+
+    def _monitor(self) -> None:
+        if self.hosts.is_down():
+            self.monitor.suspect()
+        self.monitor.run()
 
     def _maintain(self) -> None:
         while True:
@@ -148,6 +156,9 @@ def _build(configured: Settings, instance_path: str) -> Gateway:
     events = EventBus(store, metrics.dropped)
     log = AccessLog(configured.log_level, configured.log_format)
     reporter = Reporter(events, metrics, log)
+    hosts = HostReporter(store, events)
+    monitor = Monitor(upstream.greet, hosts.report)
+    upstream.adapter.on_trouble = link.on_trouble = monitor.suspect
     return Gateway(
         settings=configured,
         store=store,
@@ -160,6 +171,8 @@ def _build(configured: Settings, instance_path: str) -> Gateway:
         reporter=reporter,
         access=access,
         proxy=proxy.Proxy(access, configured, store, upstream, reporter),
+        monitor=monitor,
+        hosts=hosts,
         operations=set(),
         event_streams=set(),
         started=time.monotonic(),

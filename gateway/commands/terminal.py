@@ -20,7 +20,13 @@ from rich.text import Text
 #: Columns of output to a file or a pipe: lines there are never wrapped.
 _UNLIMITED = 10_000
 
-_STYLES = {"error": "bold red", "gap": "bold red", "inference": "cyan", "model": "green"}
+_STYLES = {
+    "error": "bold red",
+    "gap": "bold red",
+    "host": "bold yellow",
+    "inference": "cyan",
+    "model": "green",
+}
 
 
 def echo_error(text: str) -> None:

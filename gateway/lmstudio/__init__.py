@@ -3,6 +3,7 @@
 :mod:`.link` manages models through the official SDK and is the file to read first; :mod:`.loading`
 is a load, :mod:`.sessions` keeps the SDK connected, :mod:`.sdk` extends it, :mod:`.load_config` is
 the table of load settings.
+:mod:`.monitor` notices that LM Studio goes away or comes back.
 :mod:`.http` sends inference requests over the connections that :mod:`.adapter` keeps; an
 :mod:`.exchange` is one request with its response, which :mod:`.http1` parses.
 
@@ -14,6 +15,7 @@ from gateway.lmstudio.exchange import ConnectionBroken, Exchange, ReadTimeout
 from gateway.lmstudio.http import Upstream
 from gateway.lmstudio.http1 import TOKEN, header_line
 from gateway.lmstudio.link import Link, get_link
+from gateway.lmstudio.monitor import Monitor
 from gateway.lmstudio.sdk import LinkLost, ServerRefused
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Exchange",
     "Link",
     "LinkLost",
+    "Monitor",
     "ReadTimeout",
     "ServerRefused",
     "Upstream",

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,6 +58,8 @@ class LMStudioAdapter(HTTPAdapter):
         self._port = parts.port or (443 if self._tls else 80)
         self._addresses = Addresses(self._host, self._port)
         self._idle: deque[tuple[Connection, float]] = deque()
+        #: Called when LM Studio can't be connected to.
+        self.on_trouble: Callable[[], None] = lambda: None
 
     def send(
         self,
@@ -120,6 +123,7 @@ class LMStudioAdapter(HTTPAdapter):
                     raise
                 self._addresses.worked(address)
                 return connection
+        self.on_trouble()
         raise Unreachable("LM Studio can't be reached. Is it running, with its server on?")
 
     def _connection(self, address: str) -> Connection:

@@ -33,7 +33,9 @@ class Link:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._sessions = Sessions(settings)
+        #: Called for whatever a lost LM Studio would explain.
+        self.on_trouble: Callable[[], None] = lambda: None
+        self._sessions = Sessions(settings, lambda: self.on_trouble())
         self._cancelling = Group()
         self._pid = os.getpid()
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -79,6 +80,8 @@ class WatchedHandler(AsyncWebsocketHandler):
     """
 
     _received = False
+    #: Called when the socket is lost.
+    on_lost: Callable[[], None] | None = None
 
     async def _receive_messages(self) -> None:
         tasks = [
@@ -91,6 +94,8 @@ class WatchedHandler(AsyncWebsocketHandler):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self.on_lost is not None and not self._ws_disconnected.is_set():
+                self.on_lost()
 
     async def _enqueue_message(self, message: Any) -> bool:
         self._received = True
@@ -127,6 +132,8 @@ class WatchedHandler(AsyncWebsocketHandler):
 class WatchedBridge(SyncToAsyncWebsocketBridge):
     """The SDK's bridge to a WebSocket, with a :class:`WatchedHandler`."""
 
+    _ws_handler: WatchedHandler
+
     def __init__(self, ws_thread: Any, ws_url: str, auth_details: Any, log_context: Any) -> None:
         super().__init__(ws_thread, ws_url, auth_details, log_context)
         manager = ws_thread.task_manager
@@ -141,10 +148,14 @@ class GuardedWebsocket(SyncLMStudioWebsocket):
     message of a rejected authentication.
     """
 
+    #: Called when the socket is lost.
+    on_lost: Callable[[], None] | None = None
+
     def connect(self) -> Any:
         bridge = WatchedBridge(
             self._ws_thread, self._ws_url, self._auth_details, self._logger.event_context
         )
+        bridge._ws_handler.on_lost = self.on_lost
         try:
             connected = bridge.connect()
         except BaseException:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,15 +59,17 @@ class _Connecting:
 class Sessions:
     """The sessions of one worker process, connected on first use.
 
-    For what the methods raise see :class:`.link.Link`.
+    ``on_trouble`` is called for whatever a lost LM Studio would explain. For what the methods raise
+    see :class:`.link.Link`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, on_trouble: Callable[[], None]) -> None:
         parts = urlsplit(settings.lmstudio_base_url)
         self._tls = parts.scheme == "https"
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or (443 if self._tls else 80)
         self._addresses = Addresses(self._host, self._port)
+        self._on_trouble = on_trouble
         self.configure(settings)
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -92,6 +94,7 @@ class Sessions:
             raise LinkLost("The connection to LM Studio was lost.") from None
         except lmstudio.LMStudioTimeoutError:
             # stays connected: another call or load may be using the same socket
+            self._on_trouble()
             raise UpstreamTimeout("LM Studio did not answer in time.") from None
         except lmstudio.LMStudioServerError as error:
             raise refusal(error) from None
@@ -175,6 +178,7 @@ class Sessions:
             except (LinkLost, lmstudio.LMStudioWebsocketError, OSError) as error:
                 logger.debug("connection attempt %d to LM Studio's SDK failed: %s", attempt, error)
                 reason = error
+        self._on_trouble()
         _throttle.warning(
             "connect", "LM Studio's SDK can't be connected to (%d attempts): %s", attempts, reason
         )
@@ -206,6 +210,7 @@ class Sessions:
         host = f"[{address}]" if ":" in address else address
         url = f"{scheme}://{host}:{self._port}/{namespace}"
         websocket = GuardedWebsocket(client._ws_thread, url, client._auth_details)
+        websocket.on_lost = self._on_trouble
         session._lmsws = session._resources.enter_context(websocket)
 
     def _sdk_client(self) -> TokenClient:

@@ -11,6 +11,7 @@ This package must not know about Flask, about the content of requests or about L
 from gateway.observe.access_log import AccessLog
 from gateway.observe.counters import total_counters
 from gateway.observe.events import TYPES, EventBus
+from gateway.observe.hosts import HostReporter
 from gateway.observe.metrics import LOST, PREFIX, Metrics
 from gateway.observe.pages import SharedPages
 from gateway.observe.readers import Subscription
@@ -23,6 +24,7 @@ __all__ = [
     "TYPES",
     "AccessLog",
     "EventBus",
+    "HostReporter",
     "Metrics",
     "Record",
     "Reporter",

@@ -45,6 +45,7 @@ TYPES = (
     "model_deactivate",
     "inference_start",
     "inference_complete",
+    "host_state",
     "error",
     "gap",
 )

@@ -31,6 +31,7 @@ EVENTS = PREFIX + "events"
 IN_FLIGHT = PREFIX + "in-flight"
 LATEST = PREFIX + "latest:"
 WORKERS = PREFIX + "workers"
+HOST = PREFIX + "host:"
 COUNTERS = PREFIX + "counters"
 CHANGES = PREFIX + "changes"
 
@@ -210,6 +211,14 @@ class RedisStore:
         arguments = [text for pair in dead.items() for text in pair]
         lost = self._try(lambda: self._take_lost(keys=[IN_FLIGHT, WORKERS], args=arguments))
         return [json.loads(data) for data in lost]
+
+    def host_state(self, host: str) -> str:
+        state = self._try(lambda: self._redis.get(HOST + host))
+        return state.decode() if state else "up"
+
+    def set_host_state(self, host: str, state: str) -> bool:
+        before = self._try(lambda: self._redis.set(HOST + host, state, get=True))
+        return (before.decode() if before else "up") != state
 
     def share_counters(self, counters: dict[str, float]) -> None:
         text = json.dumps(counters)

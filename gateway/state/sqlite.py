@@ -110,6 +110,16 @@ class SqliteStore:
                 lost += [json.loads(data) for (data,) in self._select(query, pid, born)]
         return lost
 
+    def host_state(self, host: str) -> str:
+        rows = self._select("SELECT value FROM state WHERE name = ?", f"host:{host}")
+        return str(rows[0][0]) if rows else "up"
+
+    def set_host_state(self, host: str, state: str) -> bool:
+        name = f"host:{host}"
+        self._select("INSERT OR IGNORE INTO state VALUES (?, 'up')", name)
+        change = "UPDATE state SET value = ? WHERE name = ? AND value <> ? RETURNING 1"
+        return bool(self._select(change, state, name, state))
+
     def share_counters(self, counters: dict[str, float]) -> None:
         """Do nothing: there is no other machine."""
 

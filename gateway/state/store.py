@@ -113,6 +113,15 @@ class SharedStore(Protocol):
         Each is returned to one caller only, in whatever worker.
         """
 
+    def host_state(self, host: str) -> str:
+        """``up`` or ``down``, as last set; ``up`` if it never was."""
+
+    def set_host_state(self, host: str, state: str) -> bool:
+        """Set whether a host is ``up`` or ``down``; returns whether it was the other before.
+
+        Of several callers that set the same change, in whatever worker, one gets True.
+        """
+
     def share_counters(self, counters: dict[str, float]) -> None:
         """Make this machine's counters available to the other machines."""
 

@@ -25,7 +25,7 @@ Launch = Callable[..., Gateway]
 
 
 class ClosingLMStudio:
-    """An LM Studio that closes every connection at once and counts them."""
+    """An LM Studio that closes every connection at once and counts those for a WebSocket."""
 
     def __init__(self) -> None:
         self.connections = 0
@@ -43,8 +43,8 @@ class ClosingLMStudio:
         with suppress(OSError):
             while True:
                 connection, _ = self._listener.accept()
-                self.connections += 1
-                connection.close()
+                with connection:
+                    self.connections += b"websocket" in connection.recv(65536).lower()
 
 
 @pytest.fixture

@@ -316,3 +316,16 @@ def test_redis_may_start_after_the_worker(tmp_path: Any) -> None:
     assert store.active()["model_key"] == "key"
     store.close()
     server.stop()
+
+
+def test_one_caller_only_changes_the_state_of_a_host(pair: tuple[Worker, Worker]) -> None:
+    first, second = pair
+    assert first.host_state("default") == "up"
+    assert first.set_host_state("default", "up") is False
+    with ThreadPoolExecutor(2) as pool:
+        for state in ("down", "up") * 20:
+            changes = [pool.submit(one.set_host_state, "default", state) for one in pair]
+            assert sorted(change.result() for change in changes) == [False, True]
+            assert second.host_state("default") == state
+    assert first.set_host_state("other", "down") is True
+    assert second.host_state("default") == "up"

@@ -11,7 +11,7 @@ export const GROUPS = {
   progress: ["model_load_progress"],
   unloads: ["model_unload_start", "model_unload_complete"],
   activations: ["model_activate", "model_deactivate"],
-  errors: ["error", "gap"],
+  errors: ["error", "gap", "host_state"],
 };
 
 const GROUP_OF = new Map(
@@ -61,6 +61,10 @@ export function describe(event, start) {
     case "error": {
       const { operation, error, totalTimeMs } = event.data;
       return joined(operation, error, totalTimeMs ? `after ${duration(totalTimeMs)}` : "");
+    }
+    case "host_state": {
+      const { host, state, reason } = event.data;
+      return joined(`LM Studio (${host}) is ${state}`, reason);
     }
     case "gap":
       return `${plural(event.data.missed, "event")} missed`;

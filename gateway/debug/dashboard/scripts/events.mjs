@@ -37,6 +37,7 @@ export function receive(id, event) {
     case "model_unload_complete":
     case "model_activate":
     case "model_deactivate":
+    case "host_state":
     case "gap":
       modelsSoon();
       break;

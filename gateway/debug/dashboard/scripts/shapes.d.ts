@@ -13,6 +13,7 @@ export interface EventData {
   model_activate: ModelName & { defaultInference: object };
   model_deactivate: ModelName;
   error: { operation: string; error: string; totalTimeMs?: number };
+  host_state: { host: string; state: "up" | "down"; reason?: string };
   gap: { missed: number };
 }
 

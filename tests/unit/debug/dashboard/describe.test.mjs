@@ -78,9 +78,17 @@ test("errors and gaps are described", () => {
   assert.equal(describe({ type: "gap", data: { missed: 1 } }), "1 event missed");
 });
 
+test("a change of LM Studio's state has its reason", () => {
+  const down = { host: "default", state: "down", reason: "It can't be reached." };
+  const line = "LM Studio (default) is down · It can't be reached.";
+  assert.equal(describe({ type: "host_state", data: down }), line);
+  const up = { host: "default", state: "up" };
+  assert.equal(describe({ type: "host_state", data: up }), "LM Studio (default) is up");
+});
+
 test("an event of an unknown type is shown as it is", () => {
-  assert.equal(describe({ type: "host_state", data: { state: "up" } }), '{"state":"up"}');
-  assert.equal(groupOf("host_state"), "");
+  assert.equal(describe({ type: "key_created", data: { name: "app" } }), '{"name":"app"}');
+  assert.equal(groupOf("key_created"), "");
 });
 
 test("every type belongs to the group that lists it", () => {
