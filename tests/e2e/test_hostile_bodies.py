@@ -55,8 +55,9 @@ def test_a_large_body_delays_no_other_request(launch: Callable[..., Gateway], bo
         most = max(most, memory(gateway))
     sender.join()
     assert statuses == [400]
-    # in the worker's own time, which a busy machine does not stretch
-    assert slowest < 1
+    # the worker's own time, which a busy machine does not stretch: 0.1 s at most, and up to 0.8 s
+    # if scanning never paused
+    assert slowest < 0.3
     # the body, in pieces and joined
     assert most - before < 2.5 * len(body) / MIB + 30
 
