@@ -28,13 +28,6 @@ def memory(gateway: Gateway) -> int:
     return sum(int(one.memory_info().rss) for one in processes) // MIB
 
 
-def processor_time(gateway: Gateway) -> float:
-    """Seconds that the only worker has computed."""
-    (worker,) = gateway.workers()
-    times = psutil.Process(worker).cpu_times()
-    return float(times.user + times.system)
-
-
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_a_large_body_delays_no_other_request(launch: Callable[..., Gateway], body: bytes) -> None:
     gateway = launch(WEB_CONCURRENCY=1)
@@ -49,14 +42,14 @@ def test_a_large_body_delays_no_other_request(launch: Callable[..., Gateway], bo
     sender.start()
     slowest, most = 0.0, 0
     while sender.is_alive():
-        started = processor_time(gateway)
+        started = gateway.processor_time()
         assert gateway.get("/openapi.json", timeout=60).status_code == 200
-        slowest = max(slowest, processor_time(gateway) - started)
+        slowest = max(slowest, gateway.processor_time() - started)
         most = max(most, memory(gateway))
     sender.join()
     assert statuses == [400]
-    # in the worker's own time, which a busy machine does not stretch
-    assert slowest < 1
+    # as measured: 0.1 s at most, and up to 0.8 s if scanning never paused
+    assert slowest < 0.3
     # the body, in pieces and joined
     assert most - before < 2.5 * len(body) / MIB + 30
 
