@@ -1,4 +1,4 @@
-"""Requests in as many pieces as possible, or that are slow to parse, delay nobody else."""
+"""Requests in as many pieces as possible, or with lines that are hard to parse, delay nobody."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNKED = (
 #: What the hostile clients send: a beginning, and what follows it again and again.
 FLOODS = {
     "chunks of one byte": (CHUNKED, b"1\r\nx\r\n" * 100_000),
-    "a line of blanks": (HOST + b"X:" + b" " * 57_000 + b"\r\n\r\n", b""),
+    "a line of blanks": (HOST + b"X: a" + b" " * 57_000 + b"b\r\n\r\n", b""),
     "lines of blanks and a control byte": (
         HOST + (b"X:" + b" " * 8_000 + b"\x01\r\n") * 8 + b"\r\n",
         b"",

@@ -101,10 +101,9 @@ def test_bad_settings_are_reported_and_change_nothing(make: Make) -> None:
     assert "Traceback" not in gateway.logged()
 
 
+@pytest.mark.parametrize("make", ["gunicorn", "wsgi:app"], indirect=True)  # gevent's never restarts
 def test_a_worker_that_starts_later_has_the_settings_that_were_validated(make: Make) -> None:
     gateway = make(f"GATEWAY_API_KEY={FIRST}")
-    if gateway.server == "gevent":
-        pytest.skip("gevent's server is one process, which nobody starts again")
     gateway.configure(f"GATEWAY_API_KEY={SECOND}")
     gateway.reload("Settings reloaded")
     gateway.configure("PROXY_TIMEOUT=soon")  # nobody has asked for it
